@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'  # fixed-length records, no pickle
 CIFAR10_MD5 = 'c32a1d4ab5d03f1284b67883e8d87530'
@@ -54,18 +54,41 @@ def to_uint8(x):
     return (x * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
-def save_grid(images, path, columns=None, scale=1):
-    """Write uint8 [N, 3, H, W] as one PNG, row by row; `scale` enlarges each pixel. Written whole or not at all."""
+def mirror(images, flips):
+    """Mirror those images [N, C, H, W] left to right for which flips (bool [N]) says so."""
+    return torch.where(torch.from_numpy(flips)[:, None, None, None], images.flip(3), images)
+
+
+def grid(images, columns, scale):
+    """uint8 [N, 3, H, W] -> one picture uint8 [rows * H * scale, columns * W * scale, 3], row by row."""
     n, c, h, w = images.shape
-    columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
     canvas = np.zeros([rows * columns, c, h, w], np.uint8)
     canvas[:n] = images.cpu().numpy()
     canvas = canvas.reshape(rows, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)
-    canvas = canvas.repeat(scale, 0).repeat(scale, 1)
-    temporary = f'{path}.tmp'
-    Image.fromarray(canvas.squeeze(-1) if c == 1 else canvas).save(temporary, format='png')
-    os.replace(temporary, path)
+    return canvas.repeat(scale, 0).repeat(scale, 1)
+
+
+def save_png(picture, path):
+    """uint8 [H, W, 3] -> PNG, written whole or not at all."""
+    Image.fromarray(picture).save(f'{path}.tmp', format='png')
+    os.replace(f'{path}.tmp', path)
+
+
+def save_grid(images, path, scale=1):
+    """uint8 [N, 3, H, W] -> a PNG as square as can be; `scale` enlarges the pixels."""
+    save_png(grid(images, int(np.ceil(len(images) ** 0.5)), scale), path)
+
+
+
+def save_panels(panels, path, columns, scale):
+    """Several grids below one another, each under its title: {title: uint8 [N, 3, H, W]} -> one PNG."""
+    pictures = []
+    for title, images in panels.items():
+        heading = Image.new('RGB', (columns * images.shape[3] * scale, 16), 'white')
+        ImageDraw.Draw(heading).text((2, 2), title, fill='black', font=ImageFont.load_default())
+        pictures += [np.asarray(heading), grid(images, columns, scale)]
+    save_png(np.concatenate(pictures), path)
 
 # ----------------------------------------------------------------------------------------------------
 # Batches in order.
@@ -181,10 +204,10 @@ class Shapes:
         return torch.from_numpy(self.kind[indices])
 
     @classmethod
-    def read_back(cls, images, tolerance=0.2):
+    def read_back(cls, images, tolerance=0.35):
         """Recover what is drawn: uint8 [n, 3, 16, 16] -> kind int64 [n], colour int64 [n], valid bool [n].
 
-        The nearest of some 15,000 clean drawings wins; an image further from it than `tolerance`
+        The nearest of 8,000 clean drawings wins; an image further from it than `tolerance`
         of its own contrast (root mean square) is no shape at all: not valid.
         """
         masks, kinds = _shape_templates()
@@ -200,15 +223,272 @@ class Shapes:
             kind.append(kinds[where % len(masks)])
             energy = part.square().sum([1, 2])
             fitted = (c.square().sum(1)[colour[-1]] * masks.square().sum(1)[where % len(masks)])
-            valid.append((energy + best) <= tolerance ** 2 * fitted.clamp(min=1) * 4)
+            valid.append(energy + best <= tolerance ** 2 * fitted)
         return torch.cat(kind), torch.cat(colour), torch.cat(valid)
 
 
 @functools.lru_cache(maxsize=1)
 def _shape_templates():
     """Masks float32 [T, 256] on a fine grid of centres and radii, and their kinds int64 [T]."""
-    grid = np.meshgrid(np.arange(4), np.arange(5.25, 9.8, 0.5), np.arange(5.25, 9.8, 0.5), np.arange(3.5, 5.1, 0.5),
+    grid = np.meshgrid(np.arange(4), np.arange(5.5, 9.6, 0.25), np.arange(5.5, 9.6, 0.25), np.arange(3.5, 5.1, 0.25),
                        indexing='ij')
     kind, cx, cy, radius = (g.ravel() for g in grid)
     masks = Shapes.masks(kind, np.stack([cx, cy], 1), radius)
     return torch.from_numpy(masks).float().flatten(1), torch.from_numpy(kind)
+
+
+def open_dataset(dataset, path=None):
+    """`shapes`, or the prepared folder of `dataset` (`path`, by default datasets/NAME). CIFAR-10 is fetched if missing.
+
+    Raises FileNotFoundError with the command that prepares a dataset which cannot be fetched. In a run of several
+    processes let rank 0 call it first.
+    """
+    if dataset == 'shapes' and path is None:
+        return Shapes()
+    path = Path(path or f'datasets/{dataset}')
+    if not path.exists() and dataset == 'cifar10':
+        prepare('cifar10', path)
+    if not path.exists() and dataset in HOW_TO_PREPARE:
+        raise FileNotFoundError(f'{path} not found. {dataset} cannot be fetched: `{HOW_TO_PREPARE[dataset]}` makes it')
+    return Folder(path)
+
+# ----------------------------------------------------------------------------------------------------
+# Download.
+
+
+def download(url, path, timeout=30, **checksum):
+    """Fetch `url` to `path` unless it is there: resumed after a break, verified, renamed when whole.
+
+    checksum: md5='...' or sha256='...', the hexadecimal digest or its first digits.
+
+    Raises OSError in one line when the server cannot be reached, stops early, or sends other bytes.
+    """
+    path, partial = Path(path), Path(f'{path}.partial')
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    have = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={'Range': f'bytes={have}-'} if have else {})
+    print(f'fetching {url}' + (f', {have >> 20} MB already here' if have else ''), flush=True)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            have = have if response.status == 206 else 0  # the server may ignore the range: start again
+            total = have + int(response.headers.get('Content-Length') or 0)
+            with open(partial, 'r+b' if have else 'wb') as f:
+                f.seek(have)
+                while chunk := response.read(1 << 20):
+                    f.write(chunk)
+                    if f.tell() >> 26 != (f.tell() - len(chunk)) >> 26:
+                        print(f'  {f.tell() >> 20} of {total >> 20} MB', flush=True)
+                f.truncate()
+                if total and f.tell() < total:
+                    raise OSError(f'{f.tell()} of {total} bytes came')
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing left to send, or the file has changed: start afresh next time
+            partial.unlink()
+        raise OSError(f'cannot fetch {url}: {error}; run the same command again') from None
+    except OSError as error:
+        raise OSError(f'cannot fetch {url}: {error}; run the same command again to go on from there') from None
+    for name, expected in checksum.items():
+        with open(partial, 'rb') as f:
+            digest = hashlib.file_digest(f, name).hexdigest()
+        if not digest.startswith(expected):
+            partial.unlink()
+            raise OSError(f'{url} sent other bytes than expected ({name} {digest}, not {expected})')
+    os.replace(partial, path)
+    return path
+
+
+def cache_path(url):
+    """Where downloads are kept: $ONE_STEP_CACHE or ~/.cache/one-step-diffusion."""
+    folder = os.environ.get('ONE_STEP_CACHE') or Path.home() / '.cache' / 'one-step-diffusion'
+    return Path(folder) / url.rsplit('/', 1)[-1]
+
+# ----------------------------------------------------------------------------------------------------
+# Preparation. A reader returns (count, iterator of (name, image or uint8 [H, W, 3], label or None)).
+
+
+class CifarUnpickler(pickle.Unpickler):
+    """Reads the batches of cifar-10-python.tar.gz; anything but a plain numpy array is refused."""
+
+    allowed = {'numpy.core.multiarray': ['_reconstruct'], 'numpy._core.multiarray': ['_reconstruct'],
+               'numpy': ['ndarray', 'dtype'], '_codecs': ['encode']}
+
+    def find_class(self, module, name):
+        if name not in self.allowed.get(module, []):
+            raise ValueError(f'refused: the pickle asks for {module}.{name}')
+        return super().find_class(module.replace('numpy.core', 'numpy._core'), name)
+
+
+def read_cifar10(path):
+    """The official tarballs, binary (records of 1 + 3072 bytes) or python; the 50,000 training images."""
+    records = []  # (label, uint8 [3072])
+    with tarfile.open(path) as tar:
+        members = {Path(m.name).name: m for m in tar.getmembers() if m.isfile()}
+        for i in range(1, 6):
+            member = members.get(f'data_batch_{i}.bin') or members.get(f'data_batch_{i}')
+            if member is None:
+                raise ValueError(f'{path} has no data_batch_{i}: not a CIFAR-10 tarball')
+            raw = tar.extractfile(member).read()
+            if member.name.endswith('.bin'):
+                if len(raw) % 3073:
+                    raise ValueError(f'{member.name} in {path} is not made of records of 3073 bytes')
+                rows = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
+                records += [(int(row[0]), row[1:]) for row in rows]
+            else:
+                batch = CifarUnpickler(io.BytesIO(raw), encoding='latin1').load()
+                records += list(zip(batch['labels'], batch['data'], strict=True))
+    bad = [label for label, _ in records if not 0 <= label < 10]
+    if bad:
+        raise ValueError(f'label {bad[0]} out of range 0..9 in {path}')
+    return len(records), ((f'image {i}', np.asarray(row, np.uint8).reshape(3, 32, 32).transpose(1, 2, 0), label)
+                          for i, (label, row) in enumerate(records))
+
+
+def read_npz(folder):
+    """Downsampled ImageNet (train_data_batch_*.npz: data uint8 [n, 3*R*R], labels 1..1000)."""
+    files = sorted(Path(folder).glob('*.npz'), key=lambda f: (len(f.name), f.name))
+    counts = [len(np.load(f)['labels']) for f in files]
+
+    def images():
+        for f in files:
+            batch = np.load(f)
+            pixels, labels = batch['data'], np.asarray(batch['labels'], np.int64) - 1
+            side = int((pixels.shape[1] // 3) ** 0.5)
+            for i, row in enumerate(pixels):
+                yield f'{f.name}[{i}]', row.reshape(3, side, side).transpose(1, 2, 0), int(labels[i])
+    return sum(counts), images()
+
+
+def read_zip(path):
+    """An EDM zip: images, and dataset.json with {"labels": [[name, label], ...]} or null."""
+    archive = zipfile.ZipFile(path)
+    names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in IMAGE_TYPES)
+    labels = None
+    if 'dataset.json' in archive.namelist():
+        labels = json.loads(archive.read('dataset.json')).get('labels')
+    labels = None if labels is None else dict(labels)
+    if labels is not None and set(names) - set(labels):
+        raise ValueError(f'dataset.json in {path} has no label for {sorted(set(names) - set(labels))[0]}')
+    return len(names), ((n, archive.open(n), labels and labels[n]) for n in names)
+
+
+def read_folder(path):
+    """Images below a folder; the sorted top-level sub-folders, if more than one, are the classes (ILSVRC: wnids)."""
+    files = sorted(f for f in Path(path).rglob('*') if f.suffix.lower() in IMAGE_TYPES)
+    tops = sorted({f.relative_to(path).parts[0] for f in files if f.parent != Path(path)})
+    classes = {top: i for i, top in enumerate(tops)} if len(tops) > 1 else None
+    if classes and any(f.parent == Path(path) for f in files):
+        raise ValueError(f'{path} has images both in class folders and beside them')
+    return len(files), ((str(f), f, classes and classes[f.relative_to(path).parts[0]]) for f in files)
+
+
+def decode(name, image, resolution, converted):
+    """File, path or array -> uint8 [R, R, 3]: RGB; centre crop to a square, then Lanczos (EDM's `center-crop`)."""
+    if not isinstance(image, np.ndarray):
+        try:
+            image = Image.open(image)
+            image.load()
+        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+            raise ValueError(f'cannot read {name}: {error}') from None
+        if image.mode not in ('RGB', 'L', 'LA', 'RGBA', 'P', 'CMYK', '1'):
+            raise ValueError(f'{name} has mode {image.mode}: convert it to 8-bit RGB')
+        if image.mode != 'RGB':
+            converted[image.mode] += 1
+            image = image.convert('RGB')
+    height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+    if resolution is None and height != width:
+        raise ValueError(f'{name} is {width}x{height}, not square: give --resolution to crop and resize')
+    if resolution not in (None, height) or height != width:
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.crop((left, top, left + side, top + side)).resize([resolution] * 2, Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+def prepare(source, dest, resolution=None, use_labels=True):
+    """Make a prepared folder at `dest` from `source`; nothing stands at `dest` until it is whole. Prints progress.
+
+    Raises OSError or ValueError in one line, leaving nothing behind, for whatever is wrong with the source.
+    """
+    dest = Path(dest)
+    if dest.exists():
+        raise FileExistsError(f'{dest} exists already: remove it first, or name another place')
+    if str(source) == 'cifar10':
+        source = download(CIFAR10_URL, dest.parent / CIFAR10_URL.rsplit('/', 1)[-1], md5=CIFAR10_MD5)
+    source = Path(source)
+    if not source.exists():
+        raise FileNotFoundError(f'{source} not found')
+    temporary = dest.with_name(f'.{dest.name}.partial')
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        if source.is_dir():
+            count, images = read_npz(source) if any(source.glob('*.npz')) else read_folder(source)
+        elif zipfile.is_zipfile(source):
+            count, images = read_zip(source)
+        elif tarfile.is_tarfile(source):
+            count, images = read_cifar10(source)
+        else:
+            raise ValueError(f'{source} is neither a folder, a whole zip nor a CIFAR-10 tarball (truncated?)')
+        if not count:
+            raise ValueError(f'no images in {source}')
+        labels, converted, side = [], collections.Counter(), resolution
+        with open(temporary / 'images.npy', 'wb') as f:  # not a memmap: on a full disk that would die of SIGBUS
+            for i, (name, image, label) in enumerate(images):
+                pixels = decode(name, image, resolution, converted)
+                if i == 0:
+                    side = pixels.shape[0]
+                    np.lib.format.write_array_header_1_0(
+                        f, dict(descr='|u1', fortran_order=False, shape=(count, side, side, 3)))
+                if pixels.shape != (side, side, 3):
+                    raise ValueError(f'{name} is {pixels.shape[1]}x{pixels.shape[0]} where others are {side}x{side}: '
+                                     'give --resolution to make them equal')
+                if use_labels and label is not None:
+                    if not isinstance(label, int) or not 0 <= label < 1 << 20:
+                        raise ValueError(f'label {label!r} of {name} is out of range: expected a class number from 0')
+                    labels.append(label)
+                f.write(np.ascontiguousarray(pixels).data)
+                if (i + 1) % 10_000 == 0:
+                    print(f'  {i + 1} of {count} images', flush=True)
+            f.flush()
+            os.fsync(f.fileno())
+        if labels:
+            np.save(temporary / 'labels.npy', np.array(labels, np.int64))
+        os.replace(temporary, dest)
+    except (EOFError, KeyError, TypeError, AttributeError, json.JSONDecodeError, zipfile.BadZipFile, tarfile.TarError,
+            pickle.UnpicklingError) as error:
+        raise ValueError(f'{source} is damaged or not what it seems: {type(error).__name__}: {error}') from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    note = f' ({", ".join(f"{n} from {mode}" for mode, n in converted.items())} to RGB)' if converted else ''
+    print(f'{dest}: {count} images {side}x{side}{note}, {len(set(labels)) or "no"} classes')
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest='command', required=True)
+    p = commands.add_parser('prepare', help='make a prepared folder')
+    p.add_argument('source', help='zip, folder, tarball, or the word cifar10 to fetch it')
+    p.add_argument('dest', help='folder to make')
+    p.add_argument('--resolution', type=int, help='centre crop to a square and resize (Lanczos) to this side')
+    p.add_argument('--no-labels', action='store_true', help='leave the labels out')
+    p = commands.add_parser('grid', help='write a picture of a dataset')
+    p.add_argument('dataset', help='shapes, or a prepared folder')
+    p.add_argument('dest', help='PNG to write')
+    args = parser.parse_args(argv)
+    try:
+        if args.command == 'prepare':
+            if args.resolution is not None and not 1 <= args.resolution <= 4096:
+                raise ValueError(f'--resolution {args.resolution}: expected 1 to 4096')
+            prepare(args.source, args.dest, args.resolution, not args.no_labels)
+        else:
+            dataset = Shapes() if args.dataset == 'shapes' else Folder(args.dataset)
+            save_grid(dataset.images(np.arange(min(100, len(dataset)))), args.dest)
+    except (OSError, ValueError) as error:
+        sys.exit(f'data.py: {error}')
+
+
+if __name__ == '__main__':
+    main()

@@ -16,13 +16,15 @@ import argparse
 import collections
 import contextlib
 import copy
+import functools
 import io
 import json
 import os
 import pickle
+import resource
 import sys
 import time
-import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 
@@ -372,3 +375,643 @@ class EDMPrecond(nn.Module):
         F_x = self.model.decode(skips, emb)
         D_x = c_skip * x + c_out * F_x.to(torch.float32)
         return (D_x, skips[-1]) if bottleneck else D_x
+
+# ----------------------------------------------------------------------------------------------------
+# Files: this project's .pt, and the official .pkl read without running anything they contain.
+
+OFFICIAL = 'https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-{}.pkl'  # weights under CC BY-NC-SA 4.0
+TEACHERS = {dataset: OFFICIAL.format(name) for dataset, name in dict(
+    cifar10='cifar10-32x32-uncond-vp', ffhq64='ffhq-64x64-uncond-vp', afhqv2='afhqv2-64x64-uncond-vp',
+    imagenet64='imagenet-64x64-cond-adm').items()}
+
+
+def atomic_save(obj, path):
+    """torch.save so that `path` is always whole: a temporary name in the same folder, flushed to disk, renamed."""
+    temporary = f'{path}.tmp'
+    with open(temporary, 'wb') as f:
+        torch.save(obj, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def save(path, net, dataset, nimg, **more):
+    """Write the slim file for users: weights, constructor arguments, sigma_init; read by `load` or torch.load."""
+    atomic_save(dict(net={k: v.cpu() for k, v in net.state_dict().items()}, net_kwargs=net.kwargs,
+                     sigma_init=net.sigma_init, dataset=dataset, kimg=nimg / 1000, **more), path)
+
+
+def load(path_or_url):
+    """Read a network: this project's .pt or an official EDM .pkl -> EDMPrecond on the CPU, eval mode, frozen.
+
+    A URL is fetched once into the cache. Nothing in the file is executed. Raises FileNotFoundError, OSError
+    (download), or ValueError with one line when the file is damaged, is something else, or asks for anything
+    beyond tensors, numbers and the official classes.
+    """
+    path = Path(path_or_url)
+    if '://' in str(path_or_url):
+        path = data.download(str(path_or_url), data.cache_path(str(path_or_url)))
+    if not path.is_file():
+        raise FileNotFoundError(f'no network at {path_or_url}')
+    try:
+        if path.read_bytes()[:2] == b'PK':  # a zip: torch.save
+            content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+            kwargs, state, sigma_init = content['net_kwargs'], content['net'], content['sigma_init']
+        else:
+            kwargs, state = read_official_pickle(path)
+            sigma_init = None
+        with torch.device('meta'):  # no memory until the shapes are known to agree
+            net = EDMPrecond(**kwargs)
+        net.load_state_dict(state, strict=True, assign=True)
+    except Exception as error:  # whatever a damaged or hostile file can provoke; told in one line, never hidden
+        reason = str(error).strip().split('\n')[0] or type(error).__name__
+        raise ValueError(f'cannot load {path_or_url}: {reason}') from None
+    net.sigma_init = sigma_init
+    return net.eval().requires_grad_(False)
+
+
+def newest(folder, kind):
+    """The last KIND-<kimg>.pt of a run folder, kind teacher or student. Raises FileNotFoundError."""
+    files = sorted(Path(folder).glob(f'{kind}-*.pt'))
+    if not files:
+        raise FileNotFoundError(f'no {kind}-*.pt in {folder}')
+    return str(files[-1])
+
+
+class Recorded:
+    """Stand-in for an object in an official pickle: the name of its class and its attributes, nothing of its code."""
+
+    def __init__(self, meta=None):
+        if meta is not None:
+            if not isinstance(meta, dict) or meta.get('type') != 'class' or not isinstance(meta.get('state'), dict):
+                raise ValueError('a persistent object is not of the form {type: class, class_name, state}')
+            self.class_name, self.state = meta['class_name'], meta['state']
+
+    def __setstate__(self, state):
+        self.class_name, self.state = 'container', state
+
+    def tensors(self, prefix=''):
+        """(full name, tensor) in the order of torch's state_dict."""
+        for group in ('_parameters', '_buffers'):
+            for name, value in self.state.get(group, {}).items():
+                if isinstance(value, torch.Tensor):
+                    yield prefix + name, value
+        for name, module in self.state.get('_modules', {}).items():
+            if isinstance(module, Recorded):
+                yield from module.tensors(f'{prefix}{name}.')
+
+
+class RecordedDtype:
+    """Stand-in for numpy.dtype: one of bool, int, uint, float."""
+
+    def __init__(self, code, *_):
+        if not isinstance(code, str) or code[:1] not in 'biuf' or code[1:] not in ('1', '2', '4', '8'):
+            raise ValueError(f'numpy type {code!r} refused')
+        self.code, self.order = code, '='
+
+    def __setstate__(self, state):
+        self.order = state[1] if state[1] in '<>' else '='
+
+
+class OfficialUnpickler(pickle._Unpickler):
+    """The pure-Python unpickler (its memo cannot be blown up), restricted to the names below, all our own."""
+
+    def find_class(self, module, name):
+        module = module.replace('numpy._core', 'numpy.core')
+        names = {
+            ('torch_utils.persistence', '_reconstruct_persistent_obj'): Recorded,
+            ('collections', 'OrderedDict'): collections.OrderedDict, ('builtins', 'set'): set,
+            ('dnnlib.util', 'EasyDict'): dict,
+            ('torch._utils', '_rebuild_tensor_v2'): self.tensor,
+            ('torch._utils', '_rebuild_parameter'): lambda tensor, *_: tensor,
+            ('torch.storage', '_load_from_bytes'): self.storage,
+            ('torch.nn.modules.container', 'ModuleDict'): Recorded,
+            ('torch.nn.modules.container', 'ModuleList'): Recorded,
+            ('numpy.core.multiarray', 'scalar'): self.scalar, ('numpy', 'dtype'): RecordedDtype}
+        if (module, name) not in names:
+            raise ValueError(f'refused: the pickle asks for {module}.{name}')
+        return names[module, name]
+
+    def persistent_load(self, pid):
+        raise ValueError('refused: the pickle has a persistent id')
+
+    @staticmethod
+    def storage(content):  # originally torch.load(weights_only=False), a second way in
+        if content[:2] == b'PK':
+            raise ValueError('refused: a tensor storage in zip format')
+        storage = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
+        if not isinstance(storage, torch.storage.TypedStorage):
+            raise ValueError('refused: a tensor storage that is not one')
+        return storage
+
+    @staticmethod
+    def tensor(storage, offset, size, stride, *_):
+        numel = int(np.prod(size, dtype=np.int64))
+        contiguous = tuple(int(np.prod(size[i + 1:], dtype=np.int64)) for i in range(len(size)))
+        if not isinstance(storage, torch.storage.TypedStorage) or offset < 0 or min(size, default=0) < 0 \
+                or offset + numel > len(storage) or (numel and tuple(stride) != contiguous):
+            raise ValueError(f'a tensor of shape {tuple(size)} does not fit its storage')
+        return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, False, collections.OrderedDict())
+
+    @staticmethod
+    def scalar(dtype, content):
+        dtype = np.dtype(dtype.code).newbyteorder(dtype.order)
+        if len(content) != dtype.itemsize:
+            raise ValueError('a numpy number of the wrong length')
+        return np.frombuffer(content, dtype)[0].item()
+
+
+def read_official_pickle(path):
+    """Official .pkl -> (constructor arguments of EDMPrecond, state_dict). Layout: {'ema': EDMPrecond, ...}."""
+    content = OfficialUnpickler(io.BytesIO(Path(path).read_bytes())).load()
+    net = content.get('ema') if isinstance(content, dict) else content
+    if not isinstance(net, Recorded):
+        raise ValueError("no network under 'ema'")
+    if net.class_name != 'EDMPrecond':
+        raise ValueError(f'the network is a {net.class_name}, expected EDMPrecond')
+    interface = ['img_resolution', 'img_channels', 'label_dim', 'use_fp16', 'sigma_min', 'sigma_max', 'sigma_data',
+                 'model_type']
+    kwargs = dict(zip(interface, net.state.get('_init_args', ()))) | dict(net.state['_init_kwargs'])
+    if kwargs.get('num_blocks', 0) > 64 or len(kwargs.get('channel_mult', ())) > 16:
+        raise ValueError('the recorded network is absurdly deep')
+    return kwargs, collections.OrderedDict(net.tensors())
+
+# ----------------------------------------------------------------------------------------------------
+# Samplers.
+
+
+def heun(net, z, class_labels=None, num_steps=18, sigma_min=0.002, sigma_max=80, rho=7, S_churn=0, S_min=0,
+         S_max=float('inf'), S_noise=1, randn_like=torch.randn_like):
+    """EDM Algorithm 2, in float64 around the float32 network.
+
+    z float [N, C, R, R] standard normal, class_labels one-hot [N, label_dim] or None -> float64 [N, C, R, R], about
+    [-1, 1]. 2 num_steps - 1 network calls. `randn_like(x)` supplies the churn noise, e.g. ImageSeeds.randn_like.
+    """
+    sigma_min, sigma_max = max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max)
+    i = torch.arange(num_steps, dtype=torch.float64, device=z.device)
+    ramp = i / max(num_steps - 1, 1)
+    t = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho  # Eq. 5
+    t = torch.cat([t, torch.zeros_like(t[:1])])
+
+    def slope(x, t):
+        return (x - net(x, t, class_labels).to(torch.float64)) / t
+
+    x = z.to(torch.float64) * t[0]
+    for t_cur, t_next in zip(t[:-1], t[1:]):
+        if S_churn > 0:
+            gamma = min(S_churn / num_steps, 2 ** 0.5 - 1) if S_min <= t_cur <= S_max else 0
+            t_hat = t_cur + gamma * t_cur
+            x = x + (t_hat ** 2 - t_cur ** 2).sqrt() * S_noise * randn_like(x)
+            t_cur = t_hat
+        d_cur = slope(x, t_cur)
+        x_next = x + (t_next - t_cur) * d_cur
+        if t_next > 0:
+            x_next = x + (t_next - t_cur) * (d_cur + slope(x_next, t_next)) / 2
+        x = x_next
+    return x
+
+
+def one_step(student, z, class_labels, sigma_init):
+    """The student's sampler: x_0 = G(sigma_init z; sigma_init). z float [N, C, R, R] -> float32 [N, C, R, R]."""
+    return student(sigma_init * z, torch.as_tensor(sigma_init, device=z.device), class_labels)
+
+
+class ImageSeeds:
+    """One random generator per image, so that image i is the same at any batch size and on any number of GPUs."""
+
+    def __init__(self, seeds, device):
+        self.device = device
+        self.generators = [torch.Generator(device).manual_seed(int(seed) % (1 << 32)) for seed in seeds]
+
+    def randn(self, shape, **kwargs):
+        """-> [N, *shape]."""
+        return torch.stack([torch.randn(shape, generator=g, device=self.device, **kwargs) for g in self.generators])
+
+    def randn_like(self, x):
+        return self.randn(x.shape[1:], dtype=x.dtype)
+
+    def randint(self, high):
+        """-> int64 [N]."""
+        return torch.stack([torch.randint(high, [], generator=g, device=self.device) for g in self.generators])
+
+
+@torch.no_grad()
+def generate(net, seeds, num_steps=None, class_idx=None, batch=256, **sampler):
+    """Images of a network, in the random numbers and order of EDM's generate.py.
+
+    seeds: one int per image. num_steps: Heun steps, or None for the one-step sampler at `net.sigma_init`.
+    Labels are drawn per image unless `class_idx` is given. Returns uint8 [N, C, R, R] on the CPU.
+    """
+    device, images = next(net.parameters()).device, []
+    for part in torch.as_tensor(list(seeds)).split(batch):
+        rng = ImageSeeds(part.tolist(), device)
+        z, labels = rng.randn([net.img_channels, net.img_resolution, net.img_resolution]), None
+        if net.label_dim:
+            idx = rng.randint(net.label_dim)
+            labels = F.one_hot(idx if class_idx is None else torch.full_like(idx, class_idx), net.label_dim)
+        x = one_step(net, z, labels, net.sigma_init) if num_steps is None else \
+            heun(net, z, labels, num_steps, randn_like=rng.randn_like, **sampler)
+        images.append(data.to_uint8(x).cpu())
+    return torch.cat(images)
+
+# ----------------------------------------------------------------------------------------------------
+# Small helpers, the same in every script.
+
+
+def setup():
+    """Join torchrun's process group, or be a world of one. Returns (rank, world_size, device)."""
+    if 'RANK' not in os.environ:
+        os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='localhost', MASTER_PORT='0')
+    device = torch.device('cpu')
+    if torch.cuda.is_available():
+        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; speed comes from bf16
+    if not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def rank_slices(batch, batch_gpu):
+    """This rank's rows of the global batch: one slice for each round of gradient accumulation."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    share = batch // world_size
+    size = batch_gpu or share
+    if batch < 1 or batch % world_size or size < 1 or share % size:
+        raise ValueError(f'--batch {batch} is not a multiple of {world_size} process(es) x --batch-gpu {size}')
+    return [slice(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
+
+
+def sync_last(i, rounds, *ddps):
+    """Context of round `i` of gradient accumulation: ranks average their gradients in the last round only."""
+    stack = contextlib.ExitStack()
+    for ddp in ddps if i < len(rounds) - 1 else []:
+        stack.enter_context(ddp.no_sync())
+    return stack
+
+
+def make_autocast(precision, device):
+    """A context for the networks: bf16 autocast (no gradient scaling needed), or nothing for fp32."""
+    return functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == 'bf16')
+
+
+def print0(*args):
+    """Print from rank 0 only, at once."""
+    if dist.get_rank() == 0:
+        print(*args, flush=True)
+
+
+def is_due(nimg, batch, kimg):
+    """Whether a step of `batch` images that ended at `nimg` crossed a multiple of `kimg`. True at nimg = 0."""
+    return nimg // (kimg * 1000) != (nimg - batch) // (kimg * 1000)
+
+
+def update_ema(ema, net, nimg, batch, ema_kimg):
+    """EDM's moving average: half-life `ema_kimg`, or 5 % of the images seen so far if that is less."""
+    beta = 0.5 ** (batch / max(min(ema_kimg * 1000, nimg * 0.05), 1e-8))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
+
+
+class Means:
+    """Means of named scalars since the last status line; tensors until then, so that no step waits for the device."""
+
+    def __init__(self):
+        self.sums, self.counts = {}, {}
+
+    def add(self, **scalars):
+        for name, value in scalars.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def collect(self):
+        """Averages over steps and ranks: {name: float}. Raises FloatingPointError naming what is not finite."""
+        means = {}
+        for name, total in self.sums.items():
+            dist.all_reduce(total)
+            means[name] = float(total) / self.counts[name] / dist.get_world_size()
+            if not np.isfinite(means[name]):
+                raise FloatingPointError(f'{name} is {means[name]}: training has diverged')
+        self.__init__()
+        return means
+
+
+def save_checkpoint(out, state):
+    """Write latest.pt, keeping the one before it as previous.pt. Whenever killed, one of them is whole."""
+    atomic_save(state, f'{out}/next.pt')
+    if os.path.exists(f'{out}/latest.pt'):
+        os.replace(f'{out}/latest.pt', f'{out}/previous.pt')
+    os.replace(f'{out}/next.pt', f'{out}/latest.pt')
+
+
+def load_checkpoint(out, config):
+    """The newest whole checkpoint of this run or None; a damaged one is reported. Refuses one of another config."""
+    for path in (f'{out}/latest.pt', f'{out}/previous.pt'):
+        if not os.path.exists(path):
+            continue
+        try:
+            if zipfile.ZipFile(path).testzip() is not None:  # compares the checksum of every tensor
+                raise OSError('checksum error')
+            state = torch.load(path, map_location='cpu', weights_only=True)
+        except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            print0(f'{path} is damaged ({str(error).splitlines()[0]}), trying the one before it')
+            continue
+        changed = [f'{k}: {state["config"].get(k)} -> {config[k]}' for k in config if state['config'].get(k) != config[k]]
+        if changed:
+            raise ValueError(f'{out} holds another run ({", ".join(changed)}): give another --out')
+        return state
+    return None
+
+
+def start_log(out, nimg, args):
+    """Write config.json, and cut stats.jsonl back to the checkpoint: what came later is about to be done again."""
+    versions = dict(torch=torch.__version__, numpy=np.__version__, device=str(
+        torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'), world_size=dist.get_world_size())
+    with open(f'{out}/config.json', 'w') as f:
+        json.dump(dict(vars(args), versions=versions, command=sys.argv), f, indent=1)
+    lines = open(f'{out}/stats.jsonl').readlines() if os.path.exists(f'{out}/stats.jsonl') else []
+    with open(f'{out}/stats.jsonl.tmp', 'w') as f:
+        f.writelines(line for line in lines if line.endswith('\n') and json.loads(line)['kimg'] * 1000 <= nimg)
+    os.replace(f'{out}/stats.jsonl.tmp', f'{out}/stats.jsonl')
+
+
+def log_status(out, stats, nimg, total, seconds, images):
+    """One line to the terminal and one object to stats.jsonl. `seconds` for the last `images`."""
+    speed = seconds / images if images else 0
+    stats = dict(kimg=nimg / 1000, sec_per_kimg=round(speed * 1000, 4), **stats)
+    left = speed * max(total - nimg, 0)
+    print0(f'kimg {nimg / 1000:<9.2f} {min(nimg / total, 1):4.0%}  ' + '  '.join(
+        f'{k} {v:<.5g}' for k, v in stats.items() if k != 'kimg') + f'  left {left / 60:.1f} min')
+    if dist.get_rank() == 0:
+        with open(f'{out}/stats.jsonl', 'a') as f:
+            f.write(json.dumps(stats) + '\n')
+
+# ----------------------------------------------------------------------------------------------------
+# Training a teacher (EDM Section 5): python edm_nets.py train
+
+P_mean, P_std = -1.2, 1.2  # ln sigma ~ N(P_mean, P_std^2), EDM Table 1
+
+DDPMPP = dict(model_type='SongUNet', model_channels=128, channel_mult=[2, 2, 2], num_blocks=4, attn_resolutions=[16])
+DDPMPP64 = dict(DDPMPP, channel_mult=[1, 2, 2, 2])
+ADM = dict(model_type='DhariwalUNet', model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3,
+           attn_resolutions=[32, 16, 8])
+SMALL = dict(model_type='SongUNet', model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[8])
+# EDM Table 7 and the official train.py; `shapes` measured here (README). Deviation: EDM augments CIFAR-10, FFHQ and
+# AFHQv2 geometrically and tells the network; here only mirror images are added, and augment_dim is 0.
+# `decay`: the last part of the run over which the learning rate falls to zero; EDM keeps it constant.
+PRESETS = {
+    'shapes':     dict(net=SMALL,    batch=128,  lr=2e-3, rampup_kimg=5,      kimg=180,       ema_kimg=500,
+                       decay=0.5, dropout=0.00, cond=True,  xflip=False),
+    'cifar10':    dict(net=DDPMPP,   batch=512,  lr=1e-3, rampup_kimg=10_000, kimg=200_000,   ema_kimg=500,
+                       decay=0.0, dropout=0.13, cond=False, xflip=True),
+    'ffhq64':     dict(net=DDPMPP64, batch=256,  lr=2e-4, rampup_kimg=10_000, kimg=200_000,   ema_kimg=500,
+                       decay=0.0, dropout=0.05, cond=False, xflip=True),
+    'afhqv2':     dict(net=DDPMPP64, batch=256,  lr=2e-4, rampup_kimg=10_000, kimg=200_000,   ema_kimg=500,
+                       decay=0.0, dropout=0.25, cond=False, xflip=True),
+    'imagenet64': dict(net=ADM,      batch=4096, lr=1e-4, rampup_kimg=10_000, kimg=2_500_000, ema_kimg=50_000,
+                       decay=0.0, dropout=0.10, cond=True,  xflip=False),
+}
+
+
+def denoising_loss(net, x_0, sigma, eps, class_labels=None):
+    """EDM's weighted denoising loss (Eq. 2 with Table 1's weight), summed over pixels, mean over images.
+
+    x_0 float [N, C, R, R] in [-1, 1], sigma [N, 1, 1, 1], eps like x_0 standard normal -> scalar.
+    """
+    weight = (sigma ** 2 + 0.5 ** 2) / (sigma * 0.5) ** 2  # sigma_data = 0.5
+    return (weight * (net(x_0 + sigma * eps, sigma, class_labels) - x_0) ** 2).sum([1, 2, 3]).mean()
+
+
+def parse_train_args(argv):
+    p = argparse.ArgumentParser(prog='edm_nets.py train', add_help=False, allow_abbrev=False)
+    p.add_argument('--dataset', choices=PRESETS, default='shapes', help='row of PRESETS (default: %(default)s)')
+    preset = PRESETS[p.parse_known_args(argv)[0].dataset]
+    net = preset['net']
+    p.add_argument('-h', '--help', action='help')
+    p.add_argument('--data', help='prepared folder (default: datasets/DATASET)')
+    p.add_argument('--out', help='run folder (default: runs/teacher-DATASET)')
+    p.add_argument('--kimg', type=float, default=preset['kimg'], help='thousands of images to train on (%(default)s)')
+    p.add_argument('--batch', type=int, default=preset['batch'], help='images per step over all GPUs (%(default)s)')
+    p.add_argument('--batch-gpu', type=int, help='images per GPU at a time (default: its whole share)')
+    p.add_argument('--lr', type=float, default=preset['lr'], help='learning rate (%(default)s)')
+    p.add_argument('--dropout', type=float, default=preset['dropout'], help='(%(default)s)')
+    p.add_argument('--cond', type=int, choices=[0, 1], default=preset['cond'], help='use the labels (%(default)s)')
+    p.add_argument('--channels', type=int, default=net['model_channels'], help='base width (%(default)s)')
+    p.add_argument('--channel-mult', type=int, nargs='+', default=net['channel_mult'], help='per level (%(default)s)')
+    p.add_argument('--blocks', type=int, default=net['num_blocks'], help='blocks per level (%(default)s)')
+    p.add_argument('--seed', type=int, default=0, help='of weights, data order and noise (%(default)s)')
+    p.add_argument('--precision', choices=['bf16', 'fp32'], help='default: bf16 on a GPU, fp32 on a CPU')
+    p.add_argument('--compile', action='store_true', help='torch.compile the network')
+    p.add_argument('--snapshot-kimg', type=float, default=preset['kimg'] / 20, help='files, grid (%(default)s)')
+    p.add_argument('--status-kimg', type=float, default=min(preset['kimg'] / 20, 50), help='lines (%(default)s)')
+    args = p.parse_args(argv)
+    args.out = args.out or f'runs/teacher-{args.dataset}'
+    return args
+
+
+def train(argv=None):
+    args = parse_train_args(argv)
+    preset = PRESETS[args.dataset]
+
+    # Initialize. Weights from --seed; everything random later comes from data.step_generator.
+    rank, world_size, device = setup()
+    rounds = rank_slices(args.batch, args.batch_gpu)
+    args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
+    autocast = make_autocast(args.precision, device)
+    torch.manual_seed(args.seed)
+    os.makedirs(args.out, exist_ok=True)
+
+    # Data.
+    if rank == 0:
+        data.open_dataset(args.dataset, args.data)  # fetches what can be fetched
+    dist.barrier()  # guards the dataset folder
+    dataset = data.open_dataset(args.dataset, args.data)
+    label_dim = dataset.label_dim if args.cond else 0
+
+    # Networks.
+    net_kwargs = dict(preset['net'], model_channels=args.channels, channel_mult=args.channel_mult,
+                      num_blocks=args.blocks, dropout=args.dropout)
+    net = EDMPrecond(dataset.resolution, 3, label_dim, **net_kwargs)
+    net = net.to(device, memory_format=torch.channels_last).train()
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    if args.compile:
+        net.compile()
+    ddp = DDP(net, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, betas=(0.9, 0.999), fused=True)
+    print0(f'teacher: {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {len(dataset)} images '
+           f'{dataset.resolution}x{dataset.resolution}, {label_dim or "no"} classes, {world_size} process(es), {device}')
+
+    # Resume.
+    config = {k: v for k, v in vars(args).items() if k in (
+        'dataset', 'batch', 'lr', 'dropout', 'cond', 'channels', 'channel_mult', 'blocks', 'seed', 'precision')}
+    total, nimg, resumed = args.kimg * 1000, 0, None
+    if state := load_checkpoint(args.out, config):
+        nimg = resumed = state['nimg']
+        net.load_state_dict(state['net'])
+        ema.load_state_dict(state['ema'])
+        optimizer.load_state_dict(state['optimizer'])
+        if nimg >= total:
+            print0(f'{args.out} is complete at {nimg / 1000:g} kimg, nothing to do')
+            return
+        print0(f'resuming {args.out} at {nimg / 1000:g} kimg')
+    dist.barrier()  # guards the checkpoint: nobody writes before all have read
+    if rank == 0:
+        start_log(args.out, nimg, args)
+
+    means, tick_time, tick_nimg = Means(), time.time(), nimg
+    while True:
+        # Status line, snapshot, checkpoint, done?
+        done = nimg >= total
+        if nimg != resumed and (done or is_due(nimg, args.batch, args.status_kimg)
+                                or is_due(nimg, args.batch, args.snapshot_kimg)):
+            log_status(args.out, means.collect(), nimg, total, time.time() - tick_time, nimg - tick_nimg)
+            tick_time, tick_nimg = time.time(), nimg
+        if nimg != resumed and rank == 0 and (done or is_due(nimg, args.batch, args.snapshot_kimg)):
+            data.save_grid(generate(ema, range(64), num_steps=18), f'{args.out}/grid-{nimg // 1000:06d}.png', scale=2)
+            if nimg > 0:
+                save(f'{args.out}/teacher-{nimg // 1000:06d}.pt', ema, args.dataset, nimg)
+            save_checkpoint(args.out, dict(config=config, nimg=nimg, net=net.state_dict(), ema=ema.state_dict(),
+                                           optimizer=optimizer.state_dict()))
+        if done:
+            break
+
+        # One step. The random numbers are drawn for the global batch; this rank takes its rows.
+        indices, flips = data.batch_order(args.seed, nimg, args.batch, len(dataset))
+        generator = data.step_generator(args.seed, nimg, 0, device)
+        sigma = (P_mean + P_std * torch.randn([args.batch, 1, 1, 1], generator=generator, device=device)).exp()
+        eps = torch.randn([args.batch, 3, dataset.resolution, dataset.resolution], generator=generator, device=device)
+        if args.dropout:  # its masks are the one thing that depends on the number of processes
+            torch.manual_seed(hash((args.seed, nimg, rank)))
+        for i, rows in enumerate(rounds):
+            images = data.mirror(dataset.images(indices[rows]), flips[rows] & preset['xflip'])
+            x_0 = data.to_float(images.to(device))
+            labels = F.one_hot(dataset.labels(indices[rows]), label_dim).to(device) if label_dim else None
+            with sync_last(i, rounds, ddp), autocast():
+                loss = denoising_loss(ddp, x_0, sigma[rows], eps[rows], labels)
+                (loss / len(rounds)).backward()
+            means.add(loss=loss)
+        ramp = min((nimg + args.batch) / (preset['rampup_kimg'] * 1000), 1)
+        fall = min((1 - nimg / total) / preset['decay'], 1) if preset['decay'] else 1
+        for group in optimizer.param_groups:
+            group['lr'] = args.lr * ramp * fall
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        update_ema(ema, net, nimg, args.batch, preset['ema_kimg'])
+        nimg += args.batch
+
+# ----------------------------------------------------------------------------------------------------
+# Sampling and measuring: python edm_nets.py sample | bench
+
+
+def parse_seeds(text):
+    """'0-3,7' -> [0, 1, 2, 3, 7]."""
+    ranges = [part.split('-') for part in text.split(',')]
+    return [seed for r in ranges for seed in range(int(r[0]), int(r[-1]) + 1)]
+
+
+def sample(argv=None):
+    p = argparse.ArgumentParser(prog='edm_nets.py sample', allow_abbrev=False)
+    p.add_argument('--net', required=True, help='path or URL of a teacher or a student')
+    p.add_argument('--seeds', type=parse_seeds, default='0-63', help='one per image, e.g. 0-63 (%(default)s)')
+    p.add_argument('--steps', type=int, help='Heun steps; 1: one step (default: 1 for a student, 18 for a teacher)')
+    p.add_argument('--class', dest='class_idx', type=int, help='class of all images (default: drawn per image)')
+    p.add_argument('--sigma-init', type=float, help='noise level of the one step (default: as in the file)')
+    p.add_argument('--churn', type=float, default=0, help='S_churn of the Heun sampler (%(default)s)')
+    p.add_argument('--out', default='grid.png', help='(%(default)s)')
+    args = p.parse_args(argv)
+    net = load(args.net).to('cuda' if torch.cuda.is_available() else 'cpu')
+    net.sigma_init = args.sigma_init or net.sigma_init
+    steps = args.steps or (18 if net.sigma_init is None else 1)
+    if steps == 1 and net.sigma_init is None:
+        raise ValueError(f'{args.net} is no student: give --sigma-init, or more --steps')
+    if args.class_idx is not None and not 0 <= args.class_idx < net.label_dim:
+        raise ValueError(f'--class {args.class_idx}: {args.net} has {net.label_dim} classes')
+    images = generate(net, args.seeds, None if steps == 1 else steps, args.class_idx, S_churn=args.churn)
+    data.save_grid(images, args.out, scale=max(1, 32 // net.img_resolution))
+    print(f'{args.out}: {len(images)} images, {steps} step(s)')
+
+
+def seconds_per_call(function, device, repeat=5):
+    """Best of `repeat`, after two calls to warm up."""
+    times = []
+    for _ in range(repeat + 2):
+        start = time.perf_counter()
+        function()
+        if device == 'cuda':
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[2:])
+
+
+def bench(argv=None):
+    """Images/s, TFLOP/s and share of the matmul peak, forward and training step."""
+    p = argparse.ArgumentParser(prog='edm_nets.py bench', allow_abbrev=False)
+    p.add_argument('--net', required=True, help='path or URL, or a dataset of PRESETS for its network untrained')
+    p.add_argument('--batch-gpu', type=int, default=32, help='images per call (%(default)s)')
+    p.add_argument('--precision', choices=['bf16', 'fp32'], help='default: bf16 on a GPU, fp32 on a CPU')
+    p.add_argument('--compile', action='store_true', help='torch.compile the network')
+    args = p.parse_args(argv)
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    precision = args.precision or ('bf16' if device == 'cuda' else 'fp32')
+    dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
+    if args.net in PRESETS:
+        resolution, label_dim = dict(shapes=(16, 4), cifar10=(32, 0), imagenet64=(64, 1000)).get(args.net, (64, 0))
+        net = EDMPrecond(resolution, 3, label_dim, **PRESETS[args.net]['net'], dropout=0)
+    else:
+        net = load(args.net)
+    net = net.to(device).requires_grad_(True)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-6, fused=True)
+    x = torch.randn([args.batch_gpu, net.img_channels, net.img_resolution, net.img_resolution], device=device)
+    sigma, eps = torch.rand([args.batch_gpu, 1, 1, 1], device=device) + 0.1, torch.randn_like(x)
+
+    def forward():
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=precision == 'bf16'):
+            net(x, sigma)
+
+    def step():
+        with torch.autocast(device, torch.bfloat16, enabled=precision == 'bf16'):
+            loss = denoising_loss(net, x, sigma, eps)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    side = 8192 if device == 'cuda' else 2048
+    a, b = (torch.randn([side, side], device=device, dtype=dtype) for _ in range(2))
+    peak = 2 * side ** 3 / seconds_per_call(lambda: a @ b, device) / 1e12
+    print(f'matmul peak {peak:.2f} TFLOP/s ({precision}, {side}x{side})')
+    flops = {}
+    for name, function in (('forward', forward), ('training step', step)):
+        with FlopCounterMode(display=False) as counter:
+            function()
+        flops[name] = counter.get_total_flops()
+    if args.compile:
+        net.compile()
+    for name, function in (('forward', forward), ('training step', step)):
+        if device == 'cuda':
+            torch.cuda.reset_peak_memory_stats()
+        seconds = seconds_per_call(function, device)
+        rate = flops[name] / seconds / 1e12
+        memory = torch.cuda.max_memory_allocated() if device == 'cuda' else \
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(f'{name:14s} {args.batch_gpu / seconds:9.1f} images/s  {rate:8.3f} TFLOP/s  {rate / peak:5.1%} of peak  '
+              f'{flops[name] / args.batch_gpu / 1e9:.1f} GFLOP/image  peak memory {memory / 2 ** 30:.2f} GiB')
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    commands = dict(train=train, sample=sample, bench=bench)
+    if not argv or argv[0] not in commands:
+        print(__doc__)
+        sys.exit(0 if argv and argv[0] in ('-h', '--help') else 'edm_nets.py: expected train, sample or bench')
+    try:
+        commands[argv[0]](argv[1:])
+    except (OSError, ValueError, FloatingPointError) as error:
+        sys.exit(f'edm_nets.py {argv[0]}: {error}')
+    finally:
+        if dist.is_initialized() and argv[0] == 'train':
+            dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,562 @@
+"""DisBack: a one-step generator distilled along the path on which its teacher was degraded.
+
+"Distribution Backtracking Builds A Faster Convergence Trajectory for Diffusion Distillation",
+S. Zhang et al., ICLR 2025, arXiv:2408.15991 v3. No real image is needed.
+
+Score distillation moves a student G by the difference between the score of what G makes (fake_score, learned
+on the fly) and the teacher's score, which is unreliable far from the data, where G begins. DisBack therefore
+aims at nearer targets first:
+  1. Degradation recording (Alg. 1): fine-tune a copy of the teacher on the samples of the untouched student and
+     keep N + 1 nodes on the way: node 0 is the teacher, node N models the student's initial distribution.
+  2. Distribution backtracking (Alg. 2): distil from node N-1, then N-2, ..., at last node 0; node N is where
+     the fake score starts. `--nodes 0` is plain score distillation (Diff-Instruct, or DMD without its GAN).
+
+    paper                    here            paper           here
+    G_stu(z; eta)            student         s'_theta_i      target, a node of the path
+    s_theta                  teacher         N, i            nodes, node
+    s_phi                    fake_score      s = (D_x - x_t) / sigma^2, D_x the networks' output
+
+    python disback.py                                             # shapes, minutes on a CPU, nothing downloaded
+    python disback.py --dataset cifar10                           # one GPU, the official EDM teacher
+    torchrun --nproc_per_node=8 disback.py --dataset imagenet64   # eight GPUs
+
+Status: measured on shapes and small CIFAR-10 teachers (README). ImageNet-64 FID 1.38 is the paper's, not run here.
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import json
+import os
+import pickle
+import sys
+import time
+import zipfile
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import data
+import edm_nets
+import fid
+from edm_nets import atomic_save
+
+# ----------------------------------------------------------------------------------------------------
+# Settings. The paper's EDM settings (its Appendix B) were not available to us: rows other than `shapes` are those
+# of the distillers it builds on, Diff-Instruct (DI) and SiD; the node schedule has the form of its SDXL script.
+
+PRESETS = {
+    #               SiD's batch       SiD's lr          SiD's       DI's EMA,    here: 1 % and 4 % of the run, as the
+    #               per data set      (student = fake)  sigma_init  SiD's        SDXL script (1,000 + 10 x 1,000 steps of 100,000)
+    'shapes':     dict(batch=64,   lr=5e-4, fake_lr=1e-3, sigma_init=2.5, ema_kimg=500,  degrade_kimg=5,  node_kimg=3,
+                       kimg=25,      eval_images=2000),
+    'cifar10':    dict(batch=256,  lr=1e-5, fake_lr=1e-5, sigma_init=2.5, ema_kimg=500,  degrade_kimg=250,
+                       node_kimg=250,  kimg=100_000, eval_images=10_000),
+    'ffhq64':     dict(batch=512,  lr=1e-5, fake_lr=1e-5, sigma_init=2.5, ema_kimg=500,  degrade_kimg=500,
+                       node_kimg=500,  kimg=100_000, eval_images=10_000),
+    'afhqv2':     dict(batch=512,  lr=5e-6, fake_lr=5e-6, sigma_init=2.5, ema_kimg=500,  degrade_kimg=500,
+                       node_kimg=500,  kimg=100_000, eval_images=10_000),
+    'imagenet64': dict(batch=8192, lr=4e-6, fake_lr=4e-6, sigma_init=2.5, ema_kimg=2000, degrade_kimg=8000,
+                       node_kimg=8000, kimg=200_000, eval_images=10_000),
+}
+P_mean, P_std = -1.2, 1.2  # ln sigma ~ N(P_mean, P_std^2) for both losses, as in EDM and Diff-Instruct
+sigma_data = 0.5
+DISCRIMINATOR_WEIGHT = 1e-2  # DMD2, ImageNet-64
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False, allow_abbrev=False)
+    p.add_argument('--dataset', choices=PRESETS, default='shapes', help='row of PRESETS (default: %(default)s)')
+    preset = PRESETS[p.parse_known_args(argv)[0].dataset]
+    p.add_argument('-h', '--help', action='help')
+    p.add_argument('--data', help='prepared folder (default: datasets/DATASET); for scores and --gan-weight only')
+    p.add_argument('--teacher', help='path or URL (default: the official EDM network; for shapes, trained here once)')
+    p.add_argument('--out', help='run folder (default: runs/disback-DATASET)')
+    p.add_argument('--kimg', type=float, default=preset['kimg'], help='thousands of images for the student (%(default)s)')
+    p.add_argument('--batch', type=int, default=preset['batch'], help='images per step over all GPUs (%(default)s)')
+    p.add_argument('--batch-gpu', type=int, help='images per GPU at a time (default: its whole share)')
+    p.add_argument('--lr', type=float, default=preset['lr'], help='of the student (%(default)s)')
+    p.add_argument('--fake-lr', type=float, default=preset['fake_lr'], help='of the fake score (%(default)s)')
+    p.add_argument('--fake-updates', type=int, default=1, help='fake score steps per student step (%(default)s)')
+    p.add_argument('--sigma-init', type=float, default=preset['sigma_init'], help='of the one step (%(default)s)')
+    p.add_argument('--loss', choices=['di', 'dmd'], default='di', help="Diff-Instruct's weighting or DMD's (%(default)s)")
+    p.add_argument('--nodes', type=int, default=4, help='N; 0: plain score distillation (%(default)s)')
+    p.add_argument('--degrade-kimg', type=float, default=preset['degrade_kimg'], help='first stage (%(default)s)')
+    p.add_argument('--node-kimg', type=float, default=preset['node_kimg'], help='student images per node (%(default)s)')
+    p.add_argument('--gan-weight', type=float, default=0, help="DMD2's GAN term, 3e-3 there; needs data (%(default)s)")
+    p.add_argument('--seed', type=int, default=0, help='of all random numbers (%(default)s)')
+    p.add_argument('--precision', choices=['bf16', 'fp32'], help='default: bf16 on a GPU, fp32 on a CPU')
+    p.add_argument('--compile', action='store_true', help='torch.compile the networks')
+    p.add_argument('--snapshot-kimg', type=float, default=preset['kimg'] / 5, help='files, grid, scores (%(default)s)')
+    p.add_argument('--status-kimg', type=float, default=preset['kimg'] / 40, help='status lines (%(default)s)')
+    p.add_argument('--eval-images', type=int, default=preset['eval_images'], help='per scoring; 0: none (%(default)s)')
+    p.add_argument('--features', choices=['inception', 'pixels'], default='pixels' if preset['kimg'] < 1000 else 'inception',
+                   help='of the Fréchet distance (%(default)s)')
+    args = p.parse_args(argv)
+    args.out = args.out or f'runs/disback-{args.dataset}'
+    return args
+
+# ----------------------------------------------------------------------------------------------------
+# The method. Images and noise are float32 [N, C, H, W], sigma is [N, 1, 1, 1], x_t = x_0 + sigma eps.
+
+
+def sample_sigma(n, generator):
+    """Noise levels float32 [n, 1, 1, 1]."""
+    return (P_mean + P_std * torch.randn([n, 1, 1, 1], generator=generator, device=generator.device)).exp()
+
+
+def denoising_error(D_x, x_0, sigma):
+    """Denoising score matching (Eq. 5 for the fake score, Eq. 7 for degradation) with EDM's weight -> [N].
+
+    s - (x_0 - x_t) / sigma^2 = (D_x - x_0) / sigma^2, so matching the score is denoising, up to the weight.
+    """
+    weight = (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2
+    return (weight * (D_x - x_0) ** 2).sum([1, 2, 3])
+
+
+def student_loss(x_0, D_fake, D_target, form):
+    """Score distillation (Eq. 8) -> scalar, whose gradient with respect to x_0 is that of the paper.
+
+    s_fake - s_target = (D_fake - D_target) / sigma^2. The weight w(sigma), which the paper's released forms leave out,
+    is sigma^2 in Diff-Instruct (form 'di'); DMD divides also by the target's mean denoising distance ('dmd').
+    The value is no measure of progress: only its gradient means something.
+    """
+    gradient = D_fake - D_target
+    if form == 'dmd':
+        gradient = gradient / (x_0 - D_target).abs().mean([1, 2, 3], keepdim=True)
+    return (gradient.detach() * x_0).sum([1, 2, 3]).mean()
+
+
+def recording_steps(steps, nodes):
+    """After which of the `steps` degradation steps (1, 2, ...) nodes 1 ... N are recorded: evenly, the last at the end."""
+    return [round(steps * i / nodes) for i in range(1, nodes + 1)]
+
+
+def node_at(nimg, nodes, node_kimg):
+    """The target after `nimg` student images: node N-1, one less every node_kimg, node 0 (the teacher) to the end."""
+    return max(nodes - 1 - int(nimg // (node_kimg * 1000)), 0)
+
+
+class Discriminator(nn.Module):
+    """DMD2's GAN head on the fake score's bottleneck: [N, C, h, w] -> logits [N].
+
+    Deviation: DMD2 shrinks 8x8 to 1x1 by a second 4x4 convolution; the mean over pixels fits any bottleneck.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 4, stride=2, padding=1)
+        self.norm = nn.GroupNorm(min(32, channels // 4), channels)
+        self.out = nn.Linear(channels, 1)
+
+    def forward(self, h):
+        return self.out(F.silu(self.norm(self.conv(h))).mean([2, 3])).squeeze(1)
+
+# ----------------------------------------------------------------------------------------------------
+# Small helpers, the same in every script.
+
+
+def setup():
+    """Join torchrun's process group, or be a world of one. Returns (rank, world_size, device)."""
+    if 'RANK' not in os.environ:
+        os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='localhost', MASTER_PORT='0')
+    device = torch.device('cpu')
+    if torch.cuda.is_available():
+        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; speed comes from bf16
+    if not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def rank_slices(batch, batch_gpu):
+    """This rank's rows of the global batch: one slice for each round of gradient accumulation."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    share = batch // world_size
+    size = batch_gpu or share
+    if batch < 1 or batch % world_size or size < 1 or share % size:
+        raise ValueError(f'--batch {batch} is not a multiple of {world_size} process(es) x --batch-gpu {size}')
+    return [slice(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
+
+
+def sync_last(i, rounds, *ddps):
+    """Context of round `i` of gradient accumulation: ranks average their gradients in the last round only."""
+    stack = contextlib.ExitStack()
+    for ddp in ddps if i < len(rounds) - 1 else []:
+        stack.enter_context(ddp.no_sync())
+    return stack
+
+
+def make_autocast(precision, device):
+    """A context for the networks: bf16 autocast (no gradient scaling needed), or nothing for fp32."""
+    return functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == 'bf16')
+
+
+def print0(*args):
+    """Print from rank 0 only, at once."""
+    if dist.get_rank() == 0:
+        print(*args, flush=True)
+
+
+def is_due(nimg, batch, kimg):
+    """Whether a step of `batch` images that ended at `nimg` crossed a multiple of `kimg`. True at nimg = 0."""
+    return nimg // (kimg * 1000) != (nimg - batch) // (kimg * 1000)
+
+
+def update_ema(ema, net, nimg, batch, ema_kimg):
+    """EDM's moving average: half-life `ema_kimg`, or 5 % of the images seen so far if that is less."""
+    beta = 0.5 ** (batch / max(min(ema_kimg * 1000, nimg * 0.05), 1e-8))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
+
+
+class Means:
+    """Means of named scalars since the last status line; tensors until then, so that no step waits for the device."""
+
+    def __init__(self):
+        self.sums, self.counts = {}, {}
+
+    def add(self, **scalars):
+        for name, value in scalars.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def collect(self):
+        """Averages over steps and ranks: {name: float}. Raises FloatingPointError naming what is not finite."""
+        means = {}
+        for name, total in self.sums.items():
+            dist.all_reduce(total)
+            means[name] = float(total) / self.counts[name] / dist.get_world_size()
+            if not np.isfinite(means[name]):
+                raise FloatingPointError(f'{name} is {means[name]}: training has diverged')
+        self.__init__()
+        return means
+
+
+def save_checkpoint(out, state):
+    """Write latest.pt, keeping the one before it as previous.pt. Whenever killed, one of them is whole."""
+    atomic_save(state, f'{out}/next.pt')
+    if os.path.exists(f'{out}/latest.pt'):
+        os.replace(f'{out}/latest.pt', f'{out}/previous.pt')
+    os.replace(f'{out}/next.pt', f'{out}/latest.pt')
+
+
+def load_checkpoint(out, config):
+    """The newest whole checkpoint of this run or None; a damaged one is reported. Refuses one of another config."""
+    for path in (f'{out}/latest.pt', f'{out}/previous.pt'):
+        if not os.path.exists(path):
+            continue
+        try:
+            if zipfile.ZipFile(path).testzip() is not None:  # compares the checksum of every tensor
+                raise OSError('checksum error')
+            state = torch.load(path, map_location='cpu', weights_only=True)
+        except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            print0(f'{path} is damaged ({str(error).splitlines()[0]}), trying the one before it')
+            continue
+        changed = [f'{k}: {state["config"].get(k)} -> {config[k]}' for k in config if state['config'].get(k) != config[k]]
+        if changed:
+            raise ValueError(f'{out} holds another run ({", ".join(changed)}): give another --out')
+        return state
+    return None
+
+
+def start_log(out, nimg, args):
+    """Write config.json, and cut stats.jsonl back to the checkpoint: what came later is about to be done again."""
+    versions = dict(torch=torch.__version__, numpy=np.__version__, device=str(
+        torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'), world_size=dist.get_world_size())
+    with open(f'{out}/config.json', 'w') as f:
+        json.dump(dict(vars(args), versions=versions, command=sys.argv), f, indent=1)
+    lines = open(f'{out}/stats.jsonl').readlines() if os.path.exists(f'{out}/stats.jsonl') else []
+    with open(f'{out}/stats.jsonl.tmp', 'w') as f:
+        f.writelines(line for line in lines if line.endswith('\n') and json.loads(line)['kimg'] * 1000 <= nimg)
+    os.replace(f'{out}/stats.jsonl.tmp', f'{out}/stats.jsonl')
+
+
+def log_status(out, stats, nimg, total, seconds, images):
+    """One line to the terminal and one object to stats.jsonl. `seconds` for the last `images`."""
+    speed = seconds / images if images else 0
+    stats = dict(kimg=nimg / 1000, sec_per_kimg=round(speed * 1000, 4), **stats)
+    left = speed * max(total - nimg, 0)
+    print0(f'kimg {nimg / 1000:<9.2f} {min(nimg / total, 1):4.0%}  ' + '  '.join(
+        f'{k} {v:<.5g}' for k, v in stats.items() if k != 'kimg') + f'  left {left / 60:.1f} min')
+    if dist.get_rank() == 0:
+        with open(f'{out}/stats.jsonl', 'a') as f:
+            f.write(json.dumps(stats) + '\n')
+
+
+def load_node(net, out, node):
+    """Load node `node` of the recorded path into `net`, in place and strictly. A missing key is an error."""
+    net.load_state_dict(torch.load(f'{out}/path-{node:02d}.pt', map_location='cpu', weights_only=True)['net'], strict=True)
+
+
+def draw_latents(n, net, generator):
+    """z float32 [n, C, R, R] and uniform one-hot labels [n, max(label_dim, 1)], which an unconditional net ignores."""
+    z = torch.randn([n, net.img_channels, net.img_resolution, net.img_resolution], generator=generator,
+                    device=generator.device)
+    classes = max(net.label_dim, 1)
+    return z, F.one_hot(torch.randint(classes, [n], generator=generator, device=generator.device), classes)
+
+
+def train(args):
+    """Both stages, from wherever the run folder stands to --kimg."""
+    preset = PRESETS[args.dataset]
+
+    # Initialize. Every random number of the training comes from data.step_generator.
+    rank, world_size, device = setup()
+    rounds = rank_slices(args.batch, args.batch_gpu)
+    args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
+    autocast = make_autocast(args.precision, device)
+    torch.manual_seed(args.seed)
+    os.makedirs(args.out, exist_ok=True)
+
+    # Teacher. That of shapes is trained on the way, once.
+    if args.teacher is None and args.dataset == 'shapes':
+        edm_nets.train(['--dataset', 'shapes'])
+        args.teacher = edm_nets.newest('runs/teacher-shapes', 'teacher')
+    args.teacher = args.teacher or edm_nets.TEACHERS[args.dataset]
+    if rank == 0:
+        edm_nets.load(args.teacher)  # fetches it if need be
+    dist.barrier()  # guards the download
+    teacher = edm_nets.load(args.teacher).to(device, memory_format=torch.channels_last)
+
+    # Data, only where it is used: the method itself needs none.
+    dataset = ruler = None
+    if args.gan_weight or args.eval_images:
+        if rank == 0:
+            data.open_dataset(args.dataset, args.data)
+        dist.barrier()  # guards the dataset folder
+        dataset = data.open_dataset(args.dataset, args.data)
+        if dataset.resolution != teacher.img_resolution or teacher.label_dim not in (0, dataset.label_dim):
+            raise ValueError(f'{args.teacher} makes {teacher.img_resolution} px images of {teacher.label_dim} classes, '
+                             f'{args.dataset} has {dataset.resolution} px and {dataset.label_dim} classes')
+    if args.eval_images:
+        ruler = fid.Ruler(dataset, args.features, device)
+
+    # Networks. All stay in eval mode: no dropout, as in DMD2. The target's weights are swapped in place.
+    student, fake_score, target = (copy.deepcopy(teacher) for _ in range(3))
+    student.sigma_init = args.sigma_init
+    ema = copy.deepcopy(student)
+    discriminator = None
+    if args.gan_weight:
+        h = teacher(torch.zeros([1, 3, dataset.resolution, dataset.resolution], device=device), 1., bottleneck=True)[1]
+        discriminator = Discriminator(h.shape[1]).to(device)
+    for net in (student, fake_score):
+        net.requires_grad_(True)
+        if net.model.map_augment is not None:
+            net.model.map_augment.requires_grad_(False)  # no augmentation here: its gradient would be zero
+    if args.compile:
+        for net in (student, fake_score, target, teacher):
+            net.compile()
+    wrap = functools.partial(DDP, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
+    ddp_student, ddp_fake = wrap(student), wrap(fake_score)
+    ddp_discriminator = discriminator and wrap(discriminator)
+    print0(f'disback: {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f} M parameters in each of student, '
+           f'fake score, target and teacher; {args.nodes} nodes; {world_size} process(es), {device}')
+
+    # Optimizers.
+    adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), fused=True)  # Diff-Instruct and SiD
+    student_optimizer = adam(student.parameters(), lr=args.lr)
+    fake_parameters = [p for net in (fake_score, discriminator) if net for p in net.parameters() if p.requires_grad]
+    fake_optimizer = adam(fake_parameters, lr=args.fake_lr)
+
+    # Resume. `degraded` counts the images of the first stage, `nimg` those shown to the student.
+    steps = max(round(args.degrade_kimg * 1000 / args.batch), args.nodes) if args.nodes else 0
+    recordings = {step * args.batch: i + 1 for i, step in enumerate(recording_steps(steps, args.nodes))}
+    degrade_total, total = steps * args.batch, args.kimg * 1000
+    degraded, nimg, node, resumed = 0, 0, None, None
+    config = {k: v for k, v in vars(args).items() if k in (
+        'dataset', 'teacher', 'batch', 'lr', 'fake_lr', 'fake_updates', 'sigma_init', 'loss', 'nodes', 'degrade_kimg',
+        'node_kimg', 'gan_weight', 'seed', 'precision')}
+    evolving = dict(student=student, ema=ema, fake_score=fake_score, student_optimizer=student_optimizer,
+                    fake_optimizer=fake_optimizer, **(dict(discriminator=discriminator) if discriminator else {}))
+    if state := load_checkpoint(args.out, config):
+        degraded, nimg, resumed = state['degraded'], state['nimg'], state['degraded'] + state['nimg']
+        for name, part in evolving.items():
+            part.load_state_dict(state[name])
+        print0(f'{args.out} is complete at {nimg / 1000:g} kimg' if nimg >= total else
+               f'resuming {args.out} at {nimg / 1000:g} kimg')
+    elif rank == 0:
+        edm_nets.save(f'{args.out}/path-00.pt', teacher, args.dataset, 0)  # node 0 is the untouched teacher
+    dist.barrier()  # guards the checkpoint and the path: nobody writes before all have read
+    if rank == 0 and nimg < total:
+        start_log(args.out, nimg, args)
+
+    means, tick_time, tick_seen = Means(), time.time(), degraded + nimg
+    while resumed is None or nimg < total:
+        # The target of the moment.
+        seen, degrading, done = degraded + nimg, degraded < degrade_total, nimg >= total
+        aim = 0 if degrading else node_at(nimg, args.nodes, args.node_kimg)
+        if node != aim:
+            load_node(target, args.out, aim)
+            node = aim
+
+        # Status line, snapshot, checkpoint, done?
+        snapshot = done or is_due(seen, args.batch, args.snapshot_kimg)
+        if seen != resumed and (snapshot or is_due(seen, args.batch, args.status_kimg)):
+            generator, rows = data.step_generator(args.seed, seen, 2, device), rounds[0]
+            z, labels = draw_latents(args.batch, teacher, generator)
+            sigma = sample_sigma(args.batch, generator)[rows]
+            eps = torch.randn(z.shape, generator=generator, device=device)[rows]
+            with torch.no_grad(), autocast():
+                x_0 = edm_nets.one_step(student, z[rows], labels[rows], args.sigma_init)
+                # The mismatch of a model: its denoising error on the student's samples, less the fake score's.
+                for name, net in dict(fake=fake_score, target=target, teacher=teacher).items():
+                    error = denoising_error(net(x_0 + sigma * eps, sigma, labels[rows]), x_0, sigma).mean()
+                    means.add(**{f'error_{name}': error})
+            stats = dict(node=node, degrade_kimg=degraded / 1000, **means.collect())
+            if snapshot and ruler and (seen == 0 or not degrading):
+                stats |= ruler.score(lambda seeds: edm_nets.generate(ema, seeds), args.eval_images)
+            log_status(args.out, stats, nimg, total, time.time() - tick_time, seen - tick_seen)
+            if snapshot and rank == 0:
+                data.save_grid(edm_nets.generate(ema, range(64)), f'{args.out}/grid-{nimg // 1000:06d}.png', scale=2)
+                if nimg:
+                    edm_nets.save(f'{args.out}/student-{nimg // 1000:06d}.pt', ema, args.dataset, nimg)
+                save_checkpoint(args.out, dict(config=config, degraded=degraded, nimg=nimg, **{
+                    name: part.state_dict() for name, part in evolving.items()}))
+            tick_time, tick_seen = time.time(), seen
+        if done:
+            break
+
+        # Random numbers of this step, for the global batch; this rank takes its rows.
+        generator = data.step_generator(args.seed, degraded if degrading else nimg, int(degrading), device)
+        z, labels = draw_latents(args.batch, teacher, generator)
+        sigma, eps = sample_sigma(args.batch, generator), torch.randn(z.shape, generator=generator, device=device)
+        samples = []  # x_0 of each round
+
+        # Update the student (Alg. 2): from where its samples are, towards the target.
+        for i, rows in enumerate(rounds if not degrading else []):
+            with sync_last(i, rounds, ddp_student):
+                with autocast():
+                    x_0 = edm_nets.one_step(ddp_student, z[rows], labels[rows], args.sigma_init)
+                x_t = x_0 + sigma[rows] * eps[rows]
+                with torch.no_grad(), autocast():
+                    D_fake = fake_score(x_t, sigma[rows], labels[rows])
+                    D_target = target(x_t, sigma[rows], labels[rows])
+                loss = student_loss(x_0, D_fake, D_target, args.loss)
+                if discriminator:
+                    for p in fake_parameters:
+                        p.requires_grad_(False)  # the gradient passes through to x_t
+                    with autocast():
+                        logits = discriminator(fake_score(x_t, sigma[rows], labels[rows], bottleneck=True)[1])
+                    gan_loss = F.softplus(-logits.float()).mean()
+                    loss = loss + args.gan_weight * x_0[0].numel() * gan_loss  # DMD2's other term is a mean over pixels
+                    means.add(gan_loss=gan_loss)
+                (loss / len(rounds)).backward()
+                for p in fake_parameters:
+                    p.requires_grad_(True)
+            means.add(student_loss=loss, difference=(D_fake - D_target).abs().mean())
+            samples.append(x_0.detach())
+        if not degrading:
+            student_optimizer.step()
+            student_optimizer.zero_grad(set_to_none=True)
+            update_ema(ema, student, nimg, args.batch, preset['ema_kimg'])
+
+        # Update the fake score (Eq. 5) on the same samples; while degrading (Eq. 7), on those of the untouched student.
+        for update in range(1 if degrading else args.fake_updates):
+            if degrading or update:
+                z, labels = draw_latents(args.batch, teacher, generator)
+                with torch.no_grad(), autocast():
+                    samples = [edm_nets.one_step(student, z[rows], labels[rows], args.sigma_init) for rows in rounds]
+            sigma, eps = sample_sigma(args.batch, generator), torch.randn(z.shape, generator=generator, device=device)
+            for i, (rows, x_0) in enumerate(zip(rounds, samples)):
+                with sync_last(i, rounds, ddp_fake, *([ddp_discriminator] if discriminator else [])):
+                    x_t = x_0 + sigma[rows] * eps[rows]
+                    if not discriminator:
+                        with autocast():
+                            D_x = ddp_fake(x_t, sigma[rows], labels[rows])
+                        loss = fake_loss = denoising_error(D_x, x_0, sigma[rows]).mean()
+                    else:  # one forward for the fakes and, at the same noise, as many real images
+                        indices, flips = data.batch_order(args.seed, seen, args.batch, len(dataset))
+                        real = data.to_float(dataset.images(indices[rows]).to(device))
+                        real_labels = F.one_hot(dataset.labels(indices[rows]), labels.shape[1]).to(device) \
+                            if teacher.label_dim else labels[rows]
+                        with autocast():
+                            D_x, h = ddp_fake(torch.cat([x_t, real + sigma[rows] * eps[rows]]), sigma[rows].repeat(2, 1, 1, 1),
+                                              torch.cat([labels[rows], real_labels]), bottleneck=True)
+                            fake_logits, real_logits = ddp_discriminator(h).float().chunk(2)
+                        fake_loss = denoising_error(D_x[:len(x_0)], x_0, sigma[rows]).mean()
+                        discriminator_loss = (F.softplus(fake_logits) + F.softplus(-real_logits)).mean()
+                        loss = fake_loss + DISCRIMINATOR_WEIGHT * x_0[0].numel() * discriminator_loss
+                        means.add(discriminator_loss=discriminator_loss)
+                    (loss / len(rounds)).backward()
+                means.add(fake_loss=fake_loss)
+            fake_optimizer.step()
+            fake_optimizer.zero_grad(set_to_none=True)
+
+        # Count, and record a node where one is due; after the last, backtracking starts with a fresh optimizer.
+        if not degrading:
+            nimg += args.batch
+            continue
+        degraded += args.batch
+        if degraded in recordings:
+            if rank == 0:
+                edm_nets.save(f'{args.out}/path-{recordings[degraded]:02d}.pt', fake_score, args.dataset, degraded)
+            dist.barrier()  # guards the node's file
+        if degraded == degrade_total:
+            fake_optimizer = evolving['fake_optimizer'] = adam(fake_parameters, lr=args.fake_lr)
+
+
+def read_scores(out):
+    """The first and the last line with scores of a run: (student before, student after)."""
+    with open(f'{out}/stats.jsonl') as f:
+        lines = [stats for stats in map(json.loads, f) if 'images' in stats]
+    return lines[0], lines[-1]
+
+
+def summarize(args):
+    """summary.png (data, teacher, student before and after) and, with scores, a table to the terminal and summary.txt."""
+    _, _, device = setup()
+    teacher = edm_nets.load(args.teacher).to(device)
+    before = edm_nets.load(args.teacher).to(device)
+    before.sigma_init = args.sigma_init
+    after = edm_nets.load(edm_nets.newest(args.out, 'student')).to(device)
+    dataset, rows = data.open_dataset(args.dataset, args.data), {}
+    if dist.get_rank() == 0:
+        seeds = np.arange(36)
+        data.save_panels({
+            'data': dataset.images(seeds), 'teacher, 18 steps': edm_nets.generate(teacher, seeds, 18),
+            'student before, 1 step': edm_nets.generate(before, seeds),
+            'student after, 1 step': edm_nets.generate(after, seeds)}, f'{args.out}/summary.png', columns=18, scale=3)
+        print0(f'{args.out}/summary.png: data, teacher, student before, student after')
+    if not args.eval_images:
+        return
+    ruler = fid.Ruler(dataset, args.features, device)
+    # Two draws of data differ too: by the first row. It is the least that so few images can reach.
+    rows['data, other images'] = ruler.score(data.Shapes(args.eval_images, seed=1).images, args.eval_images)
+    rows['teacher, 18 steps'] = ruler.score(lambda seeds: edm_nets.generate(teacher, seeds, 18), args.eval_images)
+    rows['student before'], rows['student after'] = read_scores(args.out)
+    if args.nodes:
+        rows['the same without nodes'] = read_scores(f'{args.out}-nodes0')[1]
+    columns = [ruler.name, 'precision', 'recall', 'valid', 'coverage', 'tv']
+    lines = [f'{"":24s}' + ''.join(f'{c:>11s}' for c in columns)]
+    lines += [f'{name:24s}' + ''.join(f'{row[c]:11.3f}' for c in columns) for name, row in rows.items()]
+    if dist.get_rank() == 0:
+        print('\n'.join(lines), flush=True)
+        with open(f'{args.out}/summary.txt', 'w') as f:
+            f.write('\n'.join(lines) + '\n')
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        train(args)
+        if args.dataset == 'shapes' and not os.path.exists(f'{args.out}/summary.txt'):
+            if args.nodes and args.eval_images:  # the same number of images without backtracking, for the table
+                train(argparse.Namespace(**dict(vars(args), nodes=0, out=f'{args.out}-nodes0')))
+            summarize(args)
+    except (OSError, ValueError, FloatingPointError) as error:
+        sys.exit(f'disback.py: {error}')
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main()

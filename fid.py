@@ -1,0 +1,383 @@
+"""One ruler: Inception features, Fréchet distance, inception score, precision and recall; and for `shapes`, coverage.
+
+    python fid.py score --net PATH_OR_URL --dataset cifar10 --num 50000    # one step for a student, else 18 Heun steps
+    python fid.py ref --dataset cifar10 --out cifar10.npz                  # reference statistics, EDM's format
+
+FID follows EDM: images as uint8, the 2015 Inception with TensorFlow-1 resizing, float64 statistics, 50,000 images of
+seeds 0-49999, the whole training set as reference. The distance over raw pixels, for `shapes` and for machines without
+the Inception weights, is always called pixel-FD. Published FIDs are minima over three seed ranges and many checkpoints.
+"""
+
+import argparse
+import os
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+import data
+import edm_nets
+
+INCEPTION_URL = 'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/' \
+    'pt_inception-2015-12-05-6726825d.pth'
+INCEPTION_SHA256 = '6726825d'  # its first digits, as in the name
+
+# ----------------------------------------------------------------------------------------------------
+# Inception-v3 of 2015, the FID variant. Module names are those of the weight file.
+
+
+class Conv(nn.Module):
+    """Convolution, batch norm, ReLU."""
+
+    def __init__(self, c_in, c_out, kernel, **kwargs):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, kernel, bias=False, **kwargs)
+        self.bn = nn.BatchNorm2d(c_out, eps=0.001)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+def average(x):
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+class InceptionA(nn.Module):
+    def __init__(self, c, pool):
+        super().__init__()
+        self.branch1x1 = Conv(c, 64, 1)
+        self.branch5x5_1, self.branch5x5_2 = Conv(c, 48, 1), Conv(48, 64, 5, padding=2)
+        self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(c, 64, 1), Conv(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = Conv(96, 96, 3, padding=1)
+        self.branch_pool = Conv(c, pool, 1)
+
+    def forward(self, x):
+        return torch.cat([
+            self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)),
+            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))), self.branch_pool(average(x))], 1)
+
+
+class InceptionB(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.branch3x3 = Conv(c, 384, 3, stride=2)
+        self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(c, 64, 1), Conv(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2)
+
+    def forward(self, x):
+        return torch.cat([
+            self.branch3x3(x), self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
+            F.max_pool2d(x, 3, stride=2)], 1)
+
+
+class InceptionC(nn.Module):
+    def __init__(self, c, c7):
+        super().__init__()
+        wide, tall = dict(kernel=(1, 7), padding=(0, 3)), dict(kernel=(7, 1), padding=(3, 0))
+        self.branch1x1 = Conv(c, 192, 1)
+        self.branch7x7_1, self.branch7x7_2, self.branch7x7_3 = Conv(c, c7, 1), Conv(c7, c7, **wide), Conv(c7, 192, **tall)
+        self.branch7x7dbl_1, self.branch7x7dbl_2 = Conv(c, c7, 1), Conv(c7, c7, **tall)
+        self.branch7x7dbl_3, self.branch7x7dbl_4 = Conv(c7, c7, **wide), Conv(c7, c7, **tall)
+        self.branch7x7dbl_5 = Conv(c7, 192, **wide)
+        self.branch_pool = Conv(c, 192, 1)
+
+    def forward(self, x):
+        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        return torch.cat([
+            self.branch1x1(x), self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
+            self.branch7x7dbl_5(self.branch7x7dbl_4(double)), self.branch_pool(average(x))], 1)
+
+
+class InceptionD(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.branch3x3_1, self.branch3x3_2 = Conv(c, 192, 1), Conv(192, 320, 3, stride=2)
+        self.branch7x7x3_1, self.branch7x7x3_2 = Conv(c, 192, 1), Conv(192, 192, (1, 7), padding=(0, 3))
+        self.branch7x7x3_3, self.branch7x7x3_4 = Conv(192, 192, (7, 1), padding=(3, 0)), Conv(192, 192, 3, stride=2)
+
+    def forward(self, x):
+        return torch.cat([
+            self.branch3x3_2(self.branch3x3_1(x)),
+            self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))),
+            F.max_pool2d(x, 3, stride=2)], 1)
+
+
+class InceptionE(nn.Module):
+    def __init__(self, c, max_pool):
+        super().__init__()
+        wide, tall = dict(kernel=(1, 3), padding=(0, 1)), dict(kernel=(3, 1), padding=(1, 0))
+        self.max_pool = max_pool  # the last block pools by maximum: a quirk of the 2015 graph
+        self.branch1x1 = Conv(c, 320, 1)
+        self.branch3x3_1, self.branch3x3_2a, self.branch3x3_2b = Conv(c, 384, 1), Conv(384, 384, **wide), Conv(384, 384, **tall)
+        self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(c, 448, 1), Conv(448, 384, 3, padding=1)
+        self.branch3x3dbl_3a, self.branch3x3dbl_3b = Conv(384, 384, **wide), Conv(384, 384, **tall)
+        self.branch_pool = Conv(c, 192, 1)
+
+    def forward(self, x):
+        single, double = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.max_pool else average(x)
+        return torch.cat([
+            self.branch1x1(x), self.branch3x3_2a(single), self.branch3x3_2b(single),
+            self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double), self.branch_pool(pooled)], 1)
+
+
+def resize_tf1(x, size):
+    """TensorFlow 1's bilinear resize: source coordinate i * W / size, no half-pixel shift, no antialiasing."""
+    for dim in (2, 3):
+        n = x.shape[dim]
+        place = torch.arange(size, dtype=torch.float32, device=x.device) * (n / size)
+        low = place.floor().long()
+        weight = (place - low).view([-1, 1] if dim == 2 else [-1])
+        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1)), weight)
+    return x
+
+
+class InceptionV3(nn.Module):
+    """uint8 [N, 3, H, W] -> (features float32 [N, 2048], logits float32 [N, 1008]). torch-fidelity's
+    `inception-v3-compat`. Weights: `inception_v3(path)`; without them it is the bare architecture."""
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = Conv(32, 32, 3)
+        self.Conv2d_2b_3x3 = Conv(32, 64, 3, padding=1)
+        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
+        self.Conv2d_4a_3x3 = Conv(80, 192, 3)
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = InceptionA(192, 32), InceptionA(256, 64), InceptionA(288, 64)
+        self.Mixed_6a = InceptionB(288)
+        self.Mixed_6b, self.Mixed_6c = InceptionC(768, 128), InceptionC(768, 160)
+        self.Mixed_6d, self.Mixed_6e = InceptionC(768, 160), InceptionC(768, 192)
+        self.Mixed_7a = InceptionD(768)
+        self.Mixed_7b, self.Mixed_7c = InceptionE(1280, max_pool=False), InceptionE(2048, max_pool=True)
+        self.fc = nn.Linear(2048, 1008)
+        self.eval().requires_grad_(False)
+
+    def forward(self, images):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f'InceptionV3 takes uint8 [N, 3, H, W], not {images.dtype} {list(images.shape)}')
+        x = (resize_tf1(images.to(torch.float32), 299) - 128) / 128
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, stride=2))))
+        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # [N, 2048, 8, 8]
+        features = x.mean([2, 3])
+        return features, self.fc(features)
+
+
+def inception_v3(path=None):
+    """InceptionV3 with its weights, from `path` or fetched once into the cache and verified. Raises OSError, ValueError."""
+    path = path or data.download(INCEPTION_URL, data.cache_path(INCEPTION_URL), sha256=INCEPTION_SHA256)
+    net = InceptionV3()
+    try:
+        net.load_state_dict(torch.load(path, map_location='cpu', weights_only=True), strict=True)
+    except Exception as error:  # whatever a file that is not the weights can provoke; told in one line
+        raise ValueError(f'{path} is not pt_inception-2015-12-05-6726825d.pth: {str(error).splitlines()[0]}') from None
+    return net
+
+# ----------------------------------------------------------------------------------------------------
+# Scores as functions of features and statistics.
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2): means [d], covariances [d, d], arrays or tensors -> float.
+
+    With S = R R^T the last term is the sum of the singular values of R1^T R2, which needs no root of a product: exact
+    also when covariances are singular. When S1 and R1^T S2 R1 have full rank, the roots of the latter's
+    eigenvalues are the same numbers at a third of the time. Raises ValueError on what is not finite.
+    """
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a, dtype=torch.float64).cpu() for a in (mu1, sigma1, mu2, sigma2))
+    if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != (len(mu1), len(mu1)):
+        raise ValueError(f'statistics of {list(mu1.shape)}, {list(sigma1.shape)} against {list(mu2.shape)}, '
+                         f'{list(sigma2.shape)}: made from other features?')
+    if not all(a.isfinite().all() for a in (mu1, sigma1, mu2, sigma2)):
+        raise ValueError('statistics are not finite')
+    eps = torch.finfo(torch.float64).eps
+
+    def root(sigma):  # R [d, rank] with R R^T = sigma
+        w, v = torch.linalg.eigh(sigma)
+        keep = w > w[-1].clamp(min=0) * eps * 32
+        return v[:, keep] * w[keep].sqrt()
+
+    r1 = root(sigma1)
+    w = torch.linalg.eigvalsh(r1.T @ sigma2 @ r1) if r1.shape[1] else torch.zeros([1])
+    if w[0] > w[-1] * 1e-11:
+        trace = w.sqrt().sum()
+    else:
+        trace = torch.linalg.svdvals(r1.T @ root(sigma2)).sum()
+    return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace)
+
+
+def inception_score(logits, splits=10):
+    """exp E KL(p(y|x) || p(y)), mean over ten parts (Salimans et al. 2016): logits without bias [N, 1008] -> float."""
+    scores = []
+    for part in logits.double().tensor_split(splits):
+        log_p = part.log_softmax(1)
+        marginal = log_p.exp().mean(0, keepdim=True)
+        scores.append((log_p.exp() * (log_p - marginal.log())).sum(1).mean().exp())
+    return float(torch.stack(scores).mean())
+
+
+def precision_recall(real, fake, k=3):
+    """Improved precision and recall (Kynkäänniemi et al. 2019): features [N, d], [M, d] -> (float, float).
+
+    Precision: share of fakes within the k-th neighbour distance of some real image; recall: the other way round.
+    """
+    def radii(a):
+        return torch.cat([torch.cdist(part, a).kthvalue(k + 1, dim=1).values for part in a.split(1024)])
+
+    def covered(a, b, radius_b):
+        return torch.cat([(torch.cdist(part, b) <= radius_b).any(1) for part in a.split(1024)]).double().mean()
+    return float(covered(fake, real, radii(real))), float(covered(real, fake, radii(fake)))
+
+
+def shapes_coverage(images):
+    """Read kind and colour of each image back: uint8 [N, 3, 16, 16] -> dict.
+
+    valid: share of images that are a shape at all; coverage: share of the 24 kind-colour pairs present (with at least
+    a tenth of an equal share); tv: total-variation distance of the pairs from uniform. Both over valid images.
+    """
+    kind, colour, valid = data.Shapes.read_back(images)
+    pairs = len(data.Shapes.kinds) * len(data.Shapes.colours)
+    counts = torch.bincount((kind * len(data.Shapes.colours) + colour)[valid], minlength=pairs)
+    share = counts / max(int(counts.sum()), 1)
+    return dict(valid=float(valid.double().mean()), coverage=float((share >= 0.1 / pairs).double().mean()),
+                tv=float((share - 1 / pairs).abs().sum() / 2))
+
+# ----------------------------------------------------------------------------------------------------
+# Scoring images, on any number of processes.
+
+
+class Statistics:
+    """Streaming mean and covariance in float64."""
+
+    def __init__(self):
+        self.n, self.sum, self.outer = 0, 0, 0
+
+    def add(self, features):
+        """features float [n, d]."""
+        features = features.double()
+        self.n, self.sum, self.outer = self.n + len(features), self.sum + features.sum(0), \
+            self.outer + features.T @ features
+
+    def result(self):
+        """All ranks together: (mu [d], sigma [d, d], number of images)."""
+        n = torch.tensor(float(self.n), dtype=torch.float64, device=self.sum.device)
+        if dist.is_initialized():
+            for total in (n, self.sum, self.outer):
+                dist.all_reduce(total)
+        mu = self.sum / n
+        return mu.cpu(), ((self.outer - n * mu[:, None] * mu) / (n - 1)).cpu(), int(n)
+
+
+class Ruler:
+    """Features, and the reference to compare with: `score` for generated images.
+
+    features: 'inception' (FID, weights from `inception` or fetched) or 'pixels' (pixel-FD). The reference is the
+    whole `dataset`, or the statistics in the .npz file `ref`. Collective: every rank makes one.
+    """
+
+    def __init__(self, dataset, features, device, inception=None, ref=None):
+        self.dataset, self.device = dataset, device
+        self.name = 'FID' if features == 'inception' else 'pixel-FD'
+        self.net = None
+        if features == 'inception':
+            first = not dist.is_initialized() or dist.get_rank() == 0
+            net = inception_v3(inception) if first else None
+            if dist.is_initialized():
+                dist.barrier()  # guards the download of the weights
+            self.net = (net or inception_v3(inception)).to(device)
+        if ref:
+            with np.load(ref) as file:
+                if not {'mu', 'sigma'} <= set(file.files):
+                    raise ValueError(f'{ref} holds {file.files}, expected mu and sigma')
+                self.mu, self.sigma = file['mu'], file['sigma']
+        else:
+            self.mu, self.sigma, _ = self.measure(dataset.images, len(dataset))[0].result()
+
+    def features(self, images):
+        """uint8 [n, 3, R, R] -> (features [n, d], logits without bias [n, 1008] or None)."""
+        if self.net is None:
+            return images.to(self.device).flatten(1).float() / 127.5 - 1, None
+        features, logits = self.net(images.to(self.device))
+        return features, logits - self.net.fc.bias
+
+    def measure(self, images_of, num, keep=0, batch=250):
+        """Statistics of images_of(0..num-1), this rank's share of them; and the first `keep` (images, features, logits)."""
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        statistics, kept = Statistics(), []
+        for start in range(rank * batch, num, world_size * batch):
+            images = images_of(np.arange(start, min(start + batch, num)))
+            features, logits = self.features(images)
+            statistics.add(features)
+            if start < keep:
+                kept.append((start, images.cpu(), features.cpu(), None if logits is None else logits.cpu()))
+        if keep and world_size > 1:
+            everyone = [None] * world_size
+            dist.all_gather_object(everyone, kept)
+            kept = sorted(sum(everyone, []), key=lambda k: k[0])
+        parts = [torch.cat(part) if part[0] is not None else None for part in list(zip(*kept))[1:]]
+        return statistics, parts
+
+    def score(self, images_of, num):
+        """Scores of the images images_of(indices int [n]) -> uint8 [n, 3, R, R] of indices 0 ... num-1: a dict."""
+        statistics, (images, features, logits) = self.measure(images_of, num, keep=max(num, 1))
+        mu, sigma, n = statistics.result()
+        scores = {self.name: frechet_distance(mu, sigma, self.mu, self.sigma), 'images': n}
+        few = min(n, 10_000)
+        real = self.features(self.dataset.images(np.arange(min(few, len(self.dataset)))))[0].cpu()
+        scores['precision'], scores['recall'] = precision_recall(real, features[:few])
+        if logits is not None:
+            scores['IS'] = inception_score(logits)
+        if isinstance(self.dataset, data.Shapes):
+            scores |= shapes_coverage(images)
+        return scores
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest='command', required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument('--dataset', required=True, help='shapes, cifar10, ... or any name with --data')
+    shared.add_argument('--data', help='prepared folder (default: datasets/DATASET)')
+    shared.add_argument('--features', choices=['inception', 'pixels'], help='default: pixels for shapes, else inception')
+    shared.add_argument('--inception', help='weights pt_inception-2015-12-05-6726825d.pth (default: fetched)')
+    p = commands.add_parser('score', parents=[shared], help='score a network', allow_abbrev=False)
+    p.add_argument('--net', required=True, help='path or URL of a teacher or a student')
+    p.add_argument('--num', type=int, default=50_000, help='images (%(default)s)')
+    p.add_argument('--seed', type=int, default=0, help='seed of the first image (%(default)s)')
+    p.add_argument('--steps', type=int, help='Heun steps (default: one step for a student, 18 for a teacher)')
+    p.add_argument('--ref', help='reference statistics .npz, e.g. of EDM (default: measured on the dataset)')
+    p.add_argument('--batch', type=int, default=250, help='images at a time (%(default)s)')
+    p = commands.add_parser('ref', parents=[shared], help='write reference statistics', allow_abbrev=False)
+    p.add_argument('--out', required=True, help='.npz to write')
+    args = parser.parse_args(argv)
+    _, _, device = edm_nets.setup()
+    features = args.features or ('pixels' if args.dataset == 'shapes' else 'inception')
+    try:
+        ruler = Ruler(data.open_dataset(args.dataset, args.data), features, device, args.inception,
+                      args.ref if args.command == 'score' else None)
+        if args.command == 'ref':
+            if dist.get_rank() == 0:
+                np.savez(args.out, mu=ruler.mu, sigma=ruler.sigma)
+            edm_nets.print0(f'{args.out}: {features} statistics of {len(ruler.dataset)} images')
+            return
+        net = edm_nets.load(args.net).to(device)
+        steps = args.steps if args.steps or net.sigma_init is not None else 18
+        if args.num < 2 or net.img_resolution != ruler.dataset.resolution:
+            raise ValueError(f'--num {args.num} images of side {net.img_resolution} against {ruler.dataset.resolution}')
+        if args.num != 50_000:
+            edm_nets.print0(f'warning: {ruler.name} of {args.num} images cannot be compared with that of 50,000')
+        scores = ruler.score(lambda i: edm_nets.generate(net, args.seed + i, None if steps == 1 else steps), args.num)
+        edm_nets.print0('  '.join(f'{k} {v:.5g}' for k, v in scores.items()))
+    except (OSError, ValueError) as error:
+        sys.exit(f'fid.py {args.command}: {error}')
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main()
