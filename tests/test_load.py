@@ -1,0 +1,154 @@
+"""Official pickles are read without running anything in them; hostile and damaged ones are refused in one line."""
+
+import collections
+import io
+import pickle
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import edm_nets
+
+CONFIG = dict(img_resolution=16, img_channels=3, label_dim=4, use_fp16=False, model_type='SongUNet', augment_dim=9,
+              model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[8], dropout=0.13,
+              embedding_type='fourier', encoder_type='residual', decoder_type='standard', channel_mult_noise=2,
+              resample_filter=[1, 3, 3, 1])
+
+
+def _reconstruct_persistent_obj(meta):
+    raise AssertionError('the reader called the pickled function')
+
+
+class Persistent:
+    """Pickles as objects of EDM's torch_utils.persistence do."""
+
+    def __init__(self, class_name, **state):
+        self.meta = dict(type='class', version=6, module_src='raise SystemExit("executed")', class_name=class_name,
+                         state=state)
+
+    def __reduce__(self):
+        return _reconstruct_persistent_obj, (self.meta,)
+
+
+@pytest.fixture(autouse=True)
+def fake_package(monkeypatch):
+    """Lets pickle write the global name torch_utils.persistence._reconstruct_persistent_obj."""
+    module = types.ModuleType('torch_utils.persistence')
+    module._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    monkeypatch.setattr(_reconstruct_persistent_obj, '__module__', 'torch_utils.persistence')
+    monkeypatch.setitem(sys.modules, 'torch_utils', types.ModuleType('torch_utils'))
+    monkeypatch.setitem(sys.modules, 'torch_utils.persistence', module)
+
+
+def record(module, **more):
+    """An nn.Module as EDM's snapshots hold it; ModuleDict stays an ordinary torch object."""
+    modules = collections.OrderedDict((k, m and record(m)) for k, m in module._modules.items())
+    if isinstance(module, torch.nn.ModuleDict):
+        container = torch.nn.ModuleDict()
+        container._modules = modules
+        return container
+    return Persistent(
+        type(module).__name__, training=False, _parameters=module._parameters, _buffers=module._buffers,
+        _modules=modules, _non_persistent_buffers_set=set(), skip_scale=np.sqrt(0.5), **more)
+
+
+def official_pickle(net, kwargs, protocol=4, **more):
+    snapshot = dict(ema=record(net, _init_args=(), _init_kwargs=kwargs), augment_pipe=None,
+                    loss_fn=Persistent('EDMLoss', P_mean=-1.2, P_std=1.2), dataset_kwargs=dict(path='x.zip'), **more)
+    return pickle.dumps(snapshot, protocol=protocol)
+
+
+@pytest.mark.parametrize('protocol', [3, 4, 5])
+def test_official_pickle(tmp_path, protocol):
+    torch.manual_seed(0)
+    net = edm_nets.EDMPrecond(**CONFIG)
+    (tmp_path / 'net.pkl').write_bytes(official_pickle(net, CONFIG, protocol))
+    loaded = edm_nets.load(tmp_path / 'net.pkl')
+    assert list(loaded.state_dict()) == list(net.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), net.state_dict().values()))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    x, labels = torch.randn(2, 3, 16, 16), torch.eye(4)[:2]
+    assert torch.equal(loaded(x, 1.0, labels), net.eval()(x, 1.0, labels))
+
+
+def test_own_file(tmp_path):
+    net = edm_nets.EDMPrecond(**CONFIG)
+    net.sigma_init = 2.5
+    edm_nets.save(tmp_path / 'student.pt', net, 'shapes', 1234)
+    content = torch.load(tmp_path / 'student.pt', weights_only=True)
+    assert {'net', 'net_kwargs', 'sigma_init', 'dataset', 'kimg'} <= set(content) and content['kimg'] == 1.234
+    loaded = edm_nets.load(tmp_path / 'student.pt')
+    assert loaded.sigma_init == 2.5
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), net.state_dict().values()))
+
+
+class Call:
+    def __init__(self, function, *arguments):
+        self.reduced = function, arguments
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def raw_global(module, name, argument):
+    """A pickle that calls module.name(argument), whatever it is."""
+    return f'c{module}\n{name}\n(V{argument}\ntR.'.encode()
+
+
+def hostile(canary):
+    import os
+    net = edm_nets.EDMPrecond(**CONFIG)
+    touch, python = f'touch {canary}', f'open({str(canary)!r}, "w")'
+    good, torch_file = official_pickle(net, CONFIG), io.BytesIO()
+    torch.save(Call(os.system, touch), torch_file, _use_new_zipfile_serialization=False)
+    zip_file = io.BytesIO()
+    torch.save(dict(net=Call(os.system, touch)), zip_file)
+    storage = Call(torch.storage._load_from_bytes, torch_file.getvalue())
+    tensor = torch.zeros(4)
+    too_big = Call(torch._utils._rebuild_tensor_v2, tensor.storage(), 0, (1 << 40,), (0,), False, collections.OrderedDict())
+    return {
+        'os.system': pickle.dumps(dict(ema=Call(os.system, touch))),
+        'posix.system': raw_global('posix', 'system', touch),
+        'builtins.exec': pickle.dumps(Call(exec, python)),
+        'builtins.eval': pickle.dumps(Call(eval, python)),
+        'getattr': raw_global('builtins', 'getattr', 'x'),
+        'numpy load': raw_global('numpy', 'load', str(canary)),
+        'torch.load gadget': raw_global('torch', 'load', str(canary)),
+        'torch.hub': raw_global('torch.hub', 'load', str(canary)),
+        'inside the bytes of a storage': pickle.dumps(dict(ema=storage)),
+        'beside a good network': official_pickle(net, CONFIG, evil=Call(os.system, touch)),
+        'inside a module': official_pickle(net, CONFIG, loss=Persistent('X', state=Call(os.system, touch))),
+        'as class name': pickle.dumps(dict(ema=Persistent('os.system', _init_kwargs={}))),
+        'unknown class': pickle.dumps(dict(ema=Persistent('VPPrecond', _init_kwargs=CONFIG, _init_args=()))),
+        'unknown argument': official_pickle(net, dict(CONFIG, backdoor=1)),
+        'other shapes': official_pickle(net, dict(CONFIG, model_channels=16)),
+        'absurd depth': official_pickle(net, dict(CONFIG, num_blocks=10 ** 9)),
+        'tensor bomb': pickle.dumps(dict(ema=too_big)),
+        'memo bomb': b'\x80\x04Nr\xff\xff\xff\x7f.',
+        'length bomb': b'\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x0fx.',
+        'nesting bomb': b'\x80\x04' + b']' * 100_000 + b'a' * 99_999 + b'.',
+        'persistent id': b'\x80\x04Vx\nQ.',
+        'truncated': good[:len(good) // 2],
+        'cut at the end': good[:-1],
+        'zip with a call': zip_file.getvalue(),
+        'truncated zip': zip_file.getvalue()[:100],
+        'random bytes': np.random.default_rng(0).bytes(5000),
+        'empty': b''}
+
+
+def test_hostile_files_are_refused(tmp_path):
+    canary = tmp_path / 'canary'
+    cases = hostile(canary)
+    for name, content in cases.items():
+        path = tmp_path / 'hostile.pkl'
+        path.write_bytes(content)
+        with pytest.raises(ValueError) as error:
+            edm_nets.load(path)
+        assert '\n' not in str(error.value) and str(path) in str(error.value), name
+        assert not canary.exists(), name
+    assert len(cases) > 20
+    pickle.loads(cases['os.system'])  # the canary does sing where pickle is trusted
+    assert canary.exists()

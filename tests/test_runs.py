@@ -1,0 +1,197 @@
+"""Whole runs as a user starts them: one and two processes, accumulation, kill and resume, damage, bad input."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import disback
+import edm_nets
+from conftest import ROOT
+
+ENV = dict(os.environ, OMP_NUM_THREADS='1')
+TEACHER = ['--kimg', '1', '--batch', '32', '--channels', '8', '--channel-mult', '1', '2', '--status-kimg', '0.25',
+           '--snapshot-kimg', '0.25']
+STUDENT = ['--kimg', '0.64', '--batch', '32', '--nodes', '2', '--degrade-kimg', '0.128', '--node-kimg', '0.1', '--lr',
+           '1e-4', '--fake-lr', '1e-4', '--status-kimg', '0.064', '--snapshot-kimg', '0.128', '--eval-images', '0']
+
+
+def run(*command, processes=1, **kwargs):
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
+    return subprocess.run([sys.executable, *launcher, *map(str, command)], env=ENV, capture_output=True, text=True,
+                          timeout=200, **kwargs)
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)['net']
+
+
+def distance(a, b):
+    """Relative distance of two sets of weights."""
+    return float(sum((a[k] - b[k]).square().sum() for k in a).sqrt() / sum(a[k].square().sum() for k in a).sqrt())
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A folder with a tiny teacher and one undisturbed run."""
+    folder = tmp_path_factory.mktemp('runs')
+    done = run(ROOT / 'edm_nets.py', 'train', '--dataset', 'shapes', *TEACHER, '--out', folder / 'teacher')
+    assert done.returncode == 0, done.stderr
+    done = run(ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder), '--out', folder / 'plain')
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def teacher(folder):
+    return folder / 'teacher' / 'teacher-000001.pt'
+
+
+def test_the_run_folder(folder):
+    assert {'config.json', 'stats.jsonl', 'latest.pt', 'previous.pt', 'student-000000.pt', 'grid-000000.png',
+            'summary.png', 'path-00.pt', 'path-01.pt', 'path-02.pt'} == set(os.listdir(folder / 'plain'))
+    content = torch.load(folder / 'plain' / 'student-000000.pt', weights_only=True)
+    assert content['kimg'] == 0.64 and content['dataset'] == 'shapes' and content['sigma_init'] == 2.5
+    assert edm_nets.load(folder / 'plain' / 'student-000000.pt').sigma_init == 2.5
+    assert torch.load(teacher(folder), weights_only=True)['sigma_init'] is None
+    lines = [json.loads(line) for line in open(folder / 'plain' / 'stats.jsonl')]
+    assert all({'kimg', 'sec_per_kimg', 'node', 'error_fake', 'error_target', 'error_teacher'} <= set(line) for line in lines)
+    assert lines[-1]['kimg'] == 0.64 and {'fake_loss', 'student_loss'} <= set(lines[-1])
+    assert [line['node'] for line in lines if line['kimg'] > 0][0] == 1 and lines[-1]['node'] == 0
+    again = run(ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder), '--out', folder / 'plain')
+    assert again.returncode == 0 and 'complete' in again.stdout
+    assert [json.loads(line) for line in open(folder / 'plain' / 'stats.jsonl')] == lines
+
+
+def test_the_path(folder):
+    """Node 0 is the teacher to the bit; degradation moves on from it; the student did not move meanwhile."""
+    nodes = [weights(folder / 'plain' / f'path-0{i}.pt') for i in range(3)]
+    start = weights(teacher(folder))
+    assert distance(start, nodes[0]) == 0 and all(torch.equal(start[k], nodes[0][k]) for k in start)
+    assert 0 < distance(start, nodes[1]) < distance(start, nodes[2])
+
+
+def test_processes_and_accumulation_agree(folder):
+    """20 student steps after 4 degradation steps: the same within 1e-4, and another seed is not."""
+    plain = weights(folder / 'plain' / 'student-000000.pt')
+    common = [ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder)]
+    for name, more, processes in [('two', [], 2), ('accumulated', ['--batch-gpu', '8'], 1), ('seed', ['--seed', '1'], 1)]:
+        done = run(*common, '--out', folder / name, *more, processes=processes)
+        assert done.returncode == 0, done.stderr
+        close = distance(plain, weights(folder / name / 'student-000000.pt'))
+        assert (close < 1e-4) == (name != 'seed'), (name, close)
+
+
+def test_without_nodes_it_is_plain_distillation(folder):
+    """--nodes 0, by definition of the method, does not depend on the flags of the path, bit for bit."""
+    common = [ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder), '--kimg', '0.128', '--nodes', '0']
+    assert run(*common, '--out', folder / 'zero').returncode == 0
+    assert run(*common, '--out', folder / 'zero2', '--degrade-kimg', '9', '--node-kimg', '7').returncode == 0
+    a, b = (weights(folder / name / 'student-000000.pt') for name in ('zero', 'zero2'))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+KILL_IN_A_WRITE = '''
+import os, signal, sys, torch, disback
+left, real = int(sys.argv[1]), torch.save
+def save(obj, f):
+    global left
+    left -= 1
+    if left == 0:
+        f.write(b"half a file")
+        f.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(obj, f)
+torch.save = save
+disback.main(sys.argv[2:])
+'''
+
+
+def test_kill_and_resume_bit_for_bit(folder):
+    """SIGKILL while training and in the middle of a checkpoint write; the same command ends with the same bits."""
+    command = [*STUDENT, '--teacher', str(teacher(folder)), '--out', str(folder / 'killed')]
+    kills = 0
+    for lines in (2, 6, 9):  # killed when stats.jsonl has so many lines
+        process = subprocess.Popen([sys.executable, str(ROOT / 'disback.py'), *command], env=ENV, stdout=subprocess.DEVNULL)
+        log = folder / 'killed' / 'stats.jsonl'
+        while process.poll() is None and not (log.exists() and len(open(log).readlines()) >= lines):
+            time.sleep(0.005)
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    for write in (3, 5):  # killed half-way through the third, the fifth file written
+        kills += run('-c', KILL_IN_A_WRITE, write, *command).returncode == -9
+    assert kills >= 3
+    done = run(ROOT / 'disback.py', *command)
+    assert done.returncode == 0 and ('resuming' in done.stdout or 'complete' in done.stdout), done.stderr
+    plain, killed = (weights(folder / name / 'student-000000.pt') for name in ('plain', 'killed'))
+    assert all(torch.equal(plain[k], killed[k]) for k in plain)
+    stats = [[{k: v for k, v in json.loads(line).items() if k != 'sec_per_kimg'} for line in open(folder / name / 'stats.jsonl')]
+             for name in ('plain', 'killed')]
+    assert stats[0] == stats[1]
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(folder):
+    command = [ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder), '--out', folder / 'damaged']
+    assert run(*command).returncode == 0
+    latest = folder / 'damaged' / 'latest.pt'
+    content = latest.read_bytes()
+    for damage in (content[:len(content) // 2], content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]):
+        latest.write_bytes(damage)
+        (folder / 'damaged' / 'student-000000.pt').unlink()
+        done = run(*command)
+        assert done.returncode == 0 and 'latest.pt is damaged' in done.stdout and 'resuming' in done.stdout
+        plain, mended = (weights(folder / name / 'student-000000.pt') for name in ('plain', 'damaged'))
+        assert all(torch.equal(plain[k], mended[k]) for k in plain)
+
+
+def test_gan_term_and_dmd_form_run(folder):
+    done = run(ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder), '--out', folder / 'gan', '--kimg', '0.128',
+               '--gan-weight', '3e-3', '--loss', 'dmd', '--fake-updates', '2', '--batch-gpu', '16')
+    assert done.returncode == 0, done.stderr
+    last = json.loads(open(folder / 'gan' / 'stats.jsonl').readlines()[-1])
+    assert {'gan_loss', 'discriminator_loss'} <= set(last)
+
+
+def test_bad_input_is_one_line(folder, tmp_path):
+    common = [ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder)]
+    (tmp_path / 'random.pt').write_bytes(b'nothing')
+    for more, message in [
+            (['--out', folder / 'plain', '--lr', '0.5'], 'lr: 0.0001 -> 0.5'),
+            (['--out', tmp_path / 'a', '--batch', '30', '--batch-gpu', '8'], 'not a multiple'),
+            (['--out', tmp_path / 'b', '--teacher', tmp_path / 'random.pt'], 'cannot load'),
+            (['--out', tmp_path / 'c', '--teacher', tmp_path / 'none.pt'], 'no network at'),
+            (['--out', tmp_path / 'd', '--lr', '1e9', '--nodes', '0'], 'diverged')]:
+        done = run(*common, *more)
+        assert done.returncode != 0 and message in done.stderr and 'Traceback' not in done.stderr, (more, done.stderr)
+    assert not (tmp_path / 'd' / 'student-000000.pt').exists()
+
+
+def test_sample_and_score(folder, tmp_path):
+    done = run(ROOT / 'edm_nets.py', 'sample', '--net', folder / 'plain' / 'student-000000.pt', '--seeds', '0-8', '--out',
+               tmp_path / 'grid.png')
+    assert done.returncode == 0 and '9 images, 1 step' in done.stdout and (tmp_path / 'grid.png').exists()
+    score = [ROOT / 'fid.py', 'score', '--net', folder / 'plain' / 'student-000000.pt', '--dataset', 'shapes', '--num', '300']
+    results = [run(*score, '--batch', batch, processes=p) for batch, p in ((250, 1), (17, 1), (250, 2))]
+    values = [float(r.stdout.split('pixel-FD ')[-1].split()[0]) for r in results]
+    assert max(values) / min(values) < 1 + 1e-3 and 'cannot be compared' in results[0].stdout
+
+
+def test_compiled_training_is_the_same(folder):
+    """--compile changes nothing but speed (compared on the losses; the backend here only checks the graphs)."""
+    code = 'import torch, functools, disback, sys; torch.nn.Module.compile = functools.partialmethod(' \
+        'torch.nn.Module.compile, backend="aot_eager"); disback.main(sys.argv[1:])'
+    done = run('-c', code, *STUDENT, '--teacher', teacher(folder), '--out', folder / 'compiled', '--compile')
+    assert done.returncode == 0, done.stderr
+    assert distance(*(weights(folder / n / 'student-000000.pt') for n in ('plain', 'compiled'))) < 1e-4
+
+
+def test_copies_are_identical():
+    """The helpers that every script repeats are the same text everywhere."""
+    for name in ('setup', 'rank_slices', 'sync_last', 'make_autocast', 'print0', 'is_due', 'update_ema', 'Means',
+                 'save_checkpoint', 'load_checkpoint', 'start_log', 'log_status'):
+        assert inspect.getsource(getattr(edm_nets, name)) == inspect.getsource(getattr(disback, name)), name
