@@ -29,7 +29,6 @@ import copy
 import functools
 import json
 import os
-import pickle
 import sys
 import time
 import zipfile
@@ -249,34 +248,37 @@ def save_checkpoint(out, state):
 
 
 def load_checkpoint(out, config):
-    """The newest whole checkpoint of this run or None; a damaged one is reported. Refuses one of another config."""
-    for path in (f'{out}/latest.pt', f'{out}/previous.pt'):
-        if not os.path.exists(path):
-            continue
+    """The newest whole checkpoint of this run, or None. A damaged one is reported and set aside.
+
+    Raises ValueError with the differences when the folder holds a run of another config.
+    """
+    paths = [f'{out}/latest.pt', f'{out}/previous.pt']
+    for path in paths if dist.get_rank() == 0 else []:
         try:
-            if zipfile.ZipFile(path).testzip() is not None:  # compares the checksum of every tensor
-                raise OSError('checksum error')
-            state = torch.load(path, map_location='cpu', weights_only=True)
-        except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-            print0(f'{path} is damaged ({str(error).splitlines()[0]}), trying the one before it')
-            continue
-        changed = [f'{k}: {state["config"].get(k)} -> {config[k]}' for k in config if state['config'].get(k) != config[k]]
+            if os.path.exists(path) and zipfile.ZipFile(path).testzip():  # compares the checksum of every tensor
+                raise zipfile.BadZipFile('wrong checksum')
+        except (OSError, zipfile.BadZipFile) as error:
+            print(f'{path} is damaged ({error}): set aside as {path}.damaged', flush=True)
+            os.replace(path, f'{path}.damaged')
+    dist.barrier()  # guards the checkpoints
+    for path in filter(os.path.exists, paths):
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        old, new = state['config'], config
+        changed = [f'{k}: {old.get(k)} -> {new.get(k)}' for k in sorted(old | new) if old.get(k) != new.get(k)]
         if changed:
             raise ValueError(f'{out} holds another run ({", ".join(changed)}): give another --out')
         return state
     return None
 
 
-def start_log(out, nimg, args):
+def start_log(out, log_bytes, args):
     """Write config.json, and cut stats.jsonl back to the checkpoint: what came later is about to be done again."""
-    versions = dict(torch=torch.__version__, numpy=np.__version__, device=str(
-        torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'), world_size=dist.get_world_size())
+    versions = dict(torch=torch.__version__, numpy=np.__version__, world_size=dist.get_world_size(),
+                    device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')
     with open(f'{out}/config.json', 'w') as f:
         json.dump(dict(vars(args), versions=versions, command=sys.argv), f, indent=1)
-    lines = open(f'{out}/stats.jsonl').readlines() if os.path.exists(f'{out}/stats.jsonl') else []
-    with open(f'{out}/stats.jsonl.tmp', 'w') as f:
-        f.writelines(line for line in lines if line.endswith('\n') and json.loads(line)['kimg'] * 1000 <= nimg)
-    os.replace(f'{out}/stats.jsonl.tmp', f'{out}/stats.jsonl')
+    with open(f'{out}/stats.jsonl', 'ab') as f:
+        f.truncate(min(log_bytes, f.tell()))
 
 
 def log_status(out, stats, nimg, total, seconds, images):
@@ -380,16 +382,18 @@ def train(args):
         degraded, nimg, resumed = state['degraded'], state['nimg'], state['degraded'] + state['nimg']
         for name, part in evolving.items():
             part.load_state_dict(state[name])
-        print0(f'{args.out} is complete at {nimg / 1000:g} kimg' if nimg >= total else
-               f'resuming {args.out} at {nimg / 1000:g} kimg')
+        if nimg >= total:
+            print0(f'{args.out} is complete at {nimg / 1000:g} kimg, nothing to do')
+            return
+        print0(f'resuming {args.out} at {nimg / 1000:g} kimg')
     elif rank == 0:
         edm_nets.save(f'{args.out}/path-00.pt', teacher, args.dataset, 0)  # node 0 is the untouched teacher
     dist.barrier()  # guards the checkpoint and the path: nobody writes before all have read
-    if rank == 0 and nimg < total:
-        start_log(args.out, nimg, args)
+    if rank == 0:
+        start_log(args.out, state['log_bytes'] if state else 0, args)
 
     means, tick_time, tick_seen = Means(), time.time(), degraded + nimg
-    while resumed is None or nimg < total:
+    while True:
         # The target of the moment.
         seen, degrading, done = degraded + nimg, degraded < degrade_total, nimg >= total
         aim = 0 if degrading else node_at(nimg, args.nodes, args.node_kimg)
@@ -418,8 +422,9 @@ def train(args):
                 data.save_grid(edm_nets.generate(ema, range(64)), f'{args.out}/grid-{nimg // 1000:06d}.png', scale=2)
                 if nimg:
                     edm_nets.save(f'{args.out}/student-{nimg // 1000:06d}.pt', ema, args.dataset, nimg)
-                save_checkpoint(args.out, dict(config=config, degraded=degraded, nimg=nimg, **{
-                    name: part.state_dict() for name, part in evolving.items()}))
+                save_checkpoint(args.out, dict(
+                    {name: part.state_dict() for name, part in evolving.items()}, config=config, degraded=degraded,
+                    nimg=nimg, log_bytes=os.path.getsize(f'{args.out}/stats.jsonl')))
             tick_time, tick_seen = time.time(), seen
         if done:
             break

@@ -509,7 +509,7 @@ class OfficialUnpickler(pickle._Unpickler):
         numel = int(np.prod(size, dtype=np.int64))
         contiguous = tuple(int(np.prod(size[i + 1:], dtype=np.int64)) for i in range(len(size)))
         if not isinstance(storage, torch.storage.TypedStorage) or offset < 0 or min(size, default=0) < 0 \
-                or offset + numel > len(storage) or (numel and tuple(stride) != contiguous):
+                or offset + numel > storage._size() or (numel and tuple(stride) != contiguous):
             raise ValueError(f'a tensor of shape {tuple(size)} does not fit its storage')
         return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, False, collections.OrderedDict())
 
@@ -706,34 +706,37 @@ def save_checkpoint(out, state):
 
 
 def load_checkpoint(out, config):
-    """The newest whole checkpoint of this run or None; a damaged one is reported. Refuses one of another config."""
-    for path in (f'{out}/latest.pt', f'{out}/previous.pt'):
-        if not os.path.exists(path):
-            continue
+    """The newest whole checkpoint of this run, or None. A damaged one is reported and set aside.
+
+    Raises ValueError with the differences when the folder holds a run of another config.
+    """
+    paths = [f'{out}/latest.pt', f'{out}/previous.pt']
+    for path in paths if dist.get_rank() == 0 else []:
         try:
-            if zipfile.ZipFile(path).testzip() is not None:  # compares the checksum of every tensor
-                raise OSError('checksum error')
-            state = torch.load(path, map_location='cpu', weights_only=True)
-        except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-            print0(f'{path} is damaged ({str(error).splitlines()[0]}), trying the one before it')
-            continue
-        changed = [f'{k}: {state["config"].get(k)} -> {config[k]}' for k in config if state['config'].get(k) != config[k]]
+            if os.path.exists(path) and zipfile.ZipFile(path).testzip():  # compares the checksum of every tensor
+                raise zipfile.BadZipFile('wrong checksum')
+        except (OSError, zipfile.BadZipFile) as error:
+            print(f'{path} is damaged ({error}): set aside as {path}.damaged', flush=True)
+            os.replace(path, f'{path}.damaged')
+    dist.barrier()  # guards the checkpoints
+    for path in filter(os.path.exists, paths):
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        old, new = state['config'], config
+        changed = [f'{k}: {old.get(k)} -> {new.get(k)}' for k in sorted(old | new) if old.get(k) != new.get(k)]
         if changed:
             raise ValueError(f'{out} holds another run ({", ".join(changed)}): give another --out')
         return state
     return None
 
 
-def start_log(out, nimg, args):
+def start_log(out, log_bytes, args):
     """Write config.json, and cut stats.jsonl back to the checkpoint: what came later is about to be done again."""
-    versions = dict(torch=torch.__version__, numpy=np.__version__, device=str(
-        torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'), world_size=dist.get_world_size())
+    versions = dict(torch=torch.__version__, numpy=np.__version__, world_size=dist.get_world_size(),
+                    device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')
     with open(f'{out}/config.json', 'w') as f:
         json.dump(dict(vars(args), versions=versions, command=sys.argv), f, indent=1)
-    lines = open(f'{out}/stats.jsonl').readlines() if os.path.exists(f'{out}/stats.jsonl') else []
-    with open(f'{out}/stats.jsonl.tmp', 'w') as f:
-        f.writelines(line for line in lines if line.endswith('\n') and json.loads(line)['kimg'] * 1000 <= nimg)
-    os.replace(f'{out}/stats.jsonl.tmp', f'{out}/stats.jsonl')
+    with open(f'{out}/stats.jsonl', 'ab') as f:
+        f.truncate(min(log_bytes, f.tell()))
 
 
 def log_status(out, stats, nimg, total, seconds, images):
@@ -857,7 +860,7 @@ def train(argv=None):
         print0(f'resuming {args.out} at {nimg / 1000:g} kimg')
     dist.barrier()  # guards the checkpoint: nobody writes before all have read
     if rank == 0:
-        start_log(args.out, nimg, args)
+        start_log(args.out, state['log_bytes'] if state else 0, args)
 
     means, tick_time, tick_nimg = Means(), time.time(), nimg
     while True:
@@ -872,7 +875,8 @@ def train(argv=None):
             if nimg > 0:
                 save(f'{args.out}/teacher-{nimg // 1000:06d}.pt', ema, args.dataset, nimg)
             save_checkpoint(args.out, dict(config=config, nimg=nimg, net=net.state_dict(), ema=ema.state_dict(),
-                                           optimizer=optimizer.state_dict()))
+                                           optimizer=optimizer.state_dict(),
+                                           log_bytes=os.path.getsize(f'{args.out}/stats.jsonl')))
         if done:
             break
 

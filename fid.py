@@ -322,9 +322,9 @@ class Ruler:
         parts = [torch.cat(part) if part[0] is not None else None for part in list(zip(*kept))[1:]]
         return statistics, parts
 
-    def score(self, images_of, num):
+    def score(self, images_of, num, batch=250):
         """Scores of the images images_of(indices int [n]) -> uint8 [n, 3, R, R] of indices 0 ... num-1: a dict."""
-        statistics, (images, features, logits) = self.measure(images_of, num, keep=max(num, 1))
+        statistics, (images, features, logits) = self.measure(images_of, num, keep=num, batch=batch)
         mu, sigma, n = statistics.result()
         scores = {self.name: frechet_distance(mu, sigma, self.mu, self.sigma), 'images': n}
         few = min(n, 10_000)
@@ -347,7 +347,8 @@ def main(argv=None):
     shared.add_argument('--inception', help='weights pt_inception-2015-12-05-6726825d.pth (default: fetched)')
     p = commands.add_parser('score', parents=[shared], help='score a network', allow_abbrev=False)
     p.add_argument('--net', required=True, help='path or URL of a teacher or a student')
-    p.add_argument('--num', type=int, default=50_000, help='images (%(default)s)')
+    p.add_argument('--num', '--images', type=int, default=50_000,
+                   help='how many images; under torchrun, which takes --num for its own, --images (%(default)s)')
     p.add_argument('--seed', type=int, default=0, help='seed of the first image (%(default)s)')
     p.add_argument('--steps', type=int, help='Heun steps (default: one step for a student, 18 for a teacher)')
     p.add_argument('--ref', help='reference statistics .npz, e.g. of EDM (default: measured on the dataset)')
@@ -371,7 +372,8 @@ def main(argv=None):
             raise ValueError(f'--num {args.num} images of side {net.img_resolution} against {ruler.dataset.resolution}')
         if args.num != 50_000:
             edm_nets.print0(f'warning: {ruler.name} of {args.num} images cannot be compared with that of 50,000')
-        scores = ruler.score(lambda i: edm_nets.generate(net, args.seed + i, None if steps == 1 else steps), args.num)
+        scores = ruler.score(lambda i: edm_nets.generate(net, args.seed + i, None if steps == 1 else steps),
+                             args.num, args.batch)
         edm_nets.print0('  '.join(f'{k} {v:.5g}' for k, v in scores.items()))
     except (OSError, ValueError) as error:
         sys.exit(f'fid.py {args.command}: {error}')

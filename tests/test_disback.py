@@ -16,7 +16,7 @@ def denoiser(mu, std):
 @pytest.mark.parametrize('sigma', [0.1, 1.0, 5.0])
 def test_student_gradient_is_that_of_the_kl(sigma):
     """x_0 = theta + s z: Eq. 8 with w = sigma^2 must be sigma^2 d KL(p_student,sigma || p_target,sigma) / d(theta, s)."""
-    n, generator = 400_000, torch.Generator().manual_seed(0)
+    n, generator = 8_000_000, torch.Generator().manual_seed(0)
     theta, s = torch.tensor(MU, requires_grad=True), torch.tensor(STD, requires_grad=True)
     z = torch.randn([n, 1, 1, 1], generator=generator)
     x_0, level = theta + s * z, torch.full([n, 1, 1, 1], sigma)
