@@ -46,26 +46,26 @@ import fid
 from edm_nets import atomic_save
 
 # ----------------------------------------------------------------------------------------------------
-# Settings. The paper's EDM settings (its Appendix B) were not available to us: rows other than `shapes` are those
-# of the distillers it builds on, Diff-Instruct (DI) and SiD; the node schedule has the form of its SDXL script.
+# Settings. The paper's EDM settings (its Appendix B) were not available to us. The rows of real data sets are those of
+# the distillers it builds on: batch, lr, sigma_init and EMA from SiD, the law of sigma and equal rates for both
+# networks from Diff-Instruct. The path has the form of the paper's SDXL script: degradation takes 1 % of the run, a
+# node as much; N = 4 is our choice. `shapes` was measured here: the wider law of sigma is what keeps all colours
+# alive (with the other one each class ends up in one colour), and the rates fall to zero over the last half.
 
 PRESETS = {
-    #               SiD's batch       SiD's lr          SiD's       DI's EMA,    here: 1 % and 4 % of the run, as the
-    #               per data set      (student = fake)  sigma_init  SiD's        SDXL script (1,000 + 10 x 1,000 steps of 100,000)
-    'shapes':     dict(batch=64,   lr=5e-4, fake_lr=1e-3, sigma_init=2.5, ema_kimg=500,  degrade_kimg=5,  node_kimg=3,
-                       kimg=25,      eval_images=2000),
-    'cifar10':    dict(batch=256,  lr=1e-5, fake_lr=1e-5, sigma_init=2.5, ema_kimg=500,  degrade_kimg=250,
-                       node_kimg=250,  kimg=100_000, eval_images=10_000),
-    'ffhq64':     dict(batch=512,  lr=1e-5, fake_lr=1e-5, sigma_init=2.5, ema_kimg=500,  degrade_kimg=500,
-                       node_kimg=500,  kimg=100_000, eval_images=10_000),
-    'afhqv2':     dict(batch=512,  lr=5e-6, fake_lr=5e-6, sigma_init=2.5, ema_kimg=500,  degrade_kimg=500,
-                       node_kimg=500,  kimg=100_000, eval_images=10_000),
-    'imagenet64': dict(batch=8192, lr=4e-6, fake_lr=4e-6, sigma_init=2.5, ema_kimg=2000, degrade_kimg=8000,
-                       node_kimg=8000, kimg=200_000, eval_images=10_000),
+    'shapes':     dict(batch=64,   lr=5e-4, fake_lr=1e-3, sigma_init=2.5, P_mean=-0.6, P_std=1.6, ema_kimg=500,
+                       decay=0.5, degrade_kimg=3,    node_kimg=2,    kimg=50,      eval_images=2_000),
+    'cifar10':    dict(batch=256,  lr=1e-5, fake_lr=1e-5, sigma_init=2.5, P_mean=-1.2, P_std=1.2, ema_kimg=500,
+                       decay=0.0, degrade_kimg=500,  node_kimg=500,  kimg=50_000,  eval_images=10_000),
+    'ffhq64':     dict(batch=512,  lr=1e-5, fake_lr=1e-5, sigma_init=2.5, P_mean=-1.2, P_std=1.2, ema_kimg=500,
+                       decay=0.0, degrade_kimg=500,  node_kimg=500,  kimg=50_000,  eval_images=10_000),
+    'afhqv2':     dict(batch=512,  lr=5e-6, fake_lr=5e-6, sigma_init=2.5, P_mean=-1.2, P_std=1.2, ema_kimg=500,
+                       decay=0.0, degrade_kimg=500,  node_kimg=500,  kimg=50_000,  eval_images=10_000),
+    'imagenet64': dict(batch=8192, lr=4e-6, fake_lr=4e-6, sigma_init=2.5, P_mean=-1.2, P_std=1.2, ema_kimg=2000,
+                       decay=0.0, degrade_kimg=2000, node_kimg=2000, kimg=200_000, eval_images=10_000),
 }
-P_mean, P_std = -1.2, 1.2  # ln sigma ~ N(P_mean, P_std^2) for both losses, as in EDM and Diff-Instruct
 sigma_data = 0.5
-DISCRIMINATOR_WEIGHT = 1e-2  # DMD2, ImageNet-64
+DISCRIMINATOR_WEIGHT = 1e-2  # of the GAN term in the fake score's loss: DMD2, ImageNet-64
 
 
 def parse_args(argv=None):
@@ -76,14 +76,16 @@ def parse_args(argv=None):
     p.add_argument('--data', help='prepared folder (default: datasets/DATASET); for scores and --gan-weight only')
     p.add_argument('--teacher', help='path or URL (default: the official EDM network; for shapes, trained here once)')
     p.add_argument('--out', help='run folder (default: runs/disback-DATASET)')
-    p.add_argument('--kimg', type=float, default=preset['kimg'], help='thousands of images for the student (%(default)s)')
+    p.add_argument('--kimg', type=float, default=preset['kimg'], help='thousands of student images (%(default)s)')
     p.add_argument('--batch', type=int, default=preset['batch'], help='images per step over all GPUs (%(default)s)')
     p.add_argument('--batch-gpu', type=int, help='images per GPU at a time (default: its whole share)')
     p.add_argument('--lr', type=float, default=preset['lr'], help='of the student (%(default)s)')
     p.add_argument('--fake-lr', type=float, default=preset['fake_lr'], help='of the fake score (%(default)s)')
     p.add_argument('--fake-updates', type=int, default=1, help='fake score steps per student step (%(default)s)')
     p.add_argument('--sigma-init', type=float, default=preset['sigma_init'], help='of the one step (%(default)s)')
-    p.add_argument('--loss', choices=['di', 'dmd'], default='di', help="Diff-Instruct's weighting or DMD's (%(default)s)")
+    p.add_argument('--p-mean', type=float, default=preset['P_mean'], help='of ln sigma, both losses (%(default)s)')
+    p.add_argument('--p-std', type=float, default=preset['P_std'], help='of ln sigma, both losses (%(default)s)')
+    p.add_argument('--loss', choices=['di', 'dmd'], default='di', help="Diff-Instruct's or DMD's (%(default)s)")
     p.add_argument('--nodes', type=int, default=4, help='N; 0: plain score distillation (%(default)s)')
     p.add_argument('--degrade-kimg', type=float, default=preset['degrade_kimg'], help='first stage (%(default)s)')
     p.add_argument('--node-kimg', type=float, default=preset['node_kimg'], help='student images per node (%(default)s)')
@@ -94,9 +96,9 @@ def parse_args(argv=None):
     p.add_argument('--snapshot-kimg', type=float, default=preset['kimg'] / 5, help='files, grid, scores (%(default)s)')
     p.add_argument('--status-kimg', type=float, default=preset['kimg'] / 40, help='status lines (%(default)s)')
     p.add_argument('--eval-images', type=int, default=preset['eval_images'], help='per scoring; 0: none (%(default)s)')
-    p.add_argument('--features', choices=['inception', 'pixels'], default='pixels' if preset['kimg'] < 1000 else 'inception',
-                   help='of the Fréchet distance (%(default)s)')
+    p.add_argument('--features', choices=['inception', 'pixels'], help='default: pixels for shapes, else inception')
     args = p.parse_args(argv)
+    args.features = args.features or ('pixels' if args.dataset == 'shapes' else 'inception')
     args.out = args.out or f'runs/disback-{args.dataset}'
     return args
 
@@ -104,9 +106,17 @@ def parse_args(argv=None):
 # The method. Images and noise are float32 [N, C, H, W], sigma is [N, 1, 1, 1], x_t = x_0 + sigma eps.
 
 
-def sample_sigma(n, generator):
-    """Noise levels float32 [n, 1, 1, 1]."""
-    return (P_mean + P_std * torch.randn([n, 1, 1, 1], generator=generator, device=generator.device)).exp()
+def draw_noise(n, net, P_mean, P_std, generator):
+    """The random numbers of `n` images: latents z, labels, noise levels with ln sigma ~ N(P_mean, P_std^2), noise eps.
+
+    z and eps float32 [n, C, R, R] standard normal, sigma float32 [n, 1, 1, 1]; labels one-hot [n, max(label_dim, 1)],
+    uniform over the classes as in DMD2, ignored by an unconditional net.
+    """
+    kwargs, classes = dict(generator=generator, device=generator.device), max(net.label_dim, 1)
+    z = torch.randn([n, net.img_channels, net.img_resolution, net.img_resolution], **kwargs)
+    labels = F.one_hot(torch.randint(classes, [n], **kwargs), classes)
+    sigma = (P_mean + P_std * torch.randn([n, 1, 1, 1], **kwargs)).exp()
+    return z, labels, sigma, torch.randn(z.shape, **kwargs)
 
 
 def denoising_error(D_x, x_0, sigma):
@@ -132,7 +142,7 @@ def student_loss(x_0, D_fake, D_target, form):
 
 
 def recording_steps(steps, nodes):
-    """After which of the `steps` degradation steps (1, 2, ...) nodes 1 ... N are recorded: evenly, the last at the end."""
+    """The degradation steps (1, 2, ..., `steps`) after which nodes 1 ... N are recorded, the last one at the end."""
     return [round(steps * i / nodes) for i in range(1, nodes + 1)]
 
 
@@ -295,15 +305,8 @@ def log_status(out, stats, nimg, total, seconds, images):
 
 def load_node(net, out, node):
     """Load node `node` of the recorded path into `net`, in place and strictly. A missing key is an error."""
-    net.load_state_dict(torch.load(f'{out}/path-{node:02d}.pt', map_location='cpu', weights_only=True)['net'], strict=True)
-
-
-def draw_latents(n, net, generator):
-    """z float32 [n, C, R, R] and uniform one-hot labels [n, max(label_dim, 1)], which an unconditional net ignores."""
-    z = torch.randn([n, net.img_channels, net.img_resolution, net.img_resolution], generator=generator,
-                    device=generator.device)
-    classes = max(net.label_dim, 1)
-    return z, F.one_hot(torch.randint(classes, [n], generator=generator, device=generator.device), classes)
+    content = torch.load(f'{out}/path-{node:02d}.pt', map_location='cpu', weights_only=True)
+    net.load_state_dict(content['net'], strict=True)
 
 
 def train(args):
@@ -375,7 +378,7 @@ def train(args):
     degraded, nimg, node, resumed = 0, 0, None, None
     config = {k: v for k, v in vars(args).items() if k in (
         'dataset', 'teacher', 'batch', 'lr', 'fake_lr', 'fake_updates', 'sigma_init', 'loss', 'nodes', 'degrade_kimg',
-        'node_kimg', 'gan_weight', 'seed', 'precision')}
+        'node_kimg', 'p_mean', 'p_std', 'gan_weight', 'seed', 'precision')}
     evolving = dict(student=student, ema=ema, fake_score=fake_score, student_optimizer=student_optimizer,
                     fake_optimizer=fake_optimizer, **(dict(discriminator=discriminator) if discriminator else {}))
     if state := load_checkpoint(args.out, config):
@@ -392,6 +395,7 @@ def train(args):
     if rank == 0:
         start_log(args.out, state['log_bytes'] if state else 0, args)
 
+    draw = functools.partial(draw_noise, args.batch, teacher, args.p_mean, args.p_std)  # for the global batch
     means, tick_time, tick_seen = Means(), time.time(), degraded + nimg
     while True:
         # The target of the moment.
@@ -404,15 +408,12 @@ def train(args):
         # Status line, snapshot, checkpoint, done?
         snapshot = done or is_due(seen, args.batch, args.snapshot_kimg)
         if seen != resumed and (snapshot or is_due(seen, args.batch, args.status_kimg)):
-            generator, rows = data.step_generator(args.seed, seen, 2, device), rounds[0]
-            z, labels = draw_latents(args.batch, teacher, generator)
-            sigma = sample_sigma(args.batch, generator)[rows]
-            eps = torch.randn(z.shape, generator=generator, device=device)[rows]
+            z, labels, sigma, eps = (part[rounds[0]] for part in draw(data.step_generator(args.seed, seen, 2, device)))
             with torch.no_grad(), autocast():
-                x_0 = edm_nets.one_step(student, z[rows], labels[rows], args.sigma_init)
+                x_0 = edm_nets.one_step(student, z, labels, args.sigma_init)
                 # The mismatch of a model: its denoising error on the student's samples, less the fake score's.
                 for name, net in dict(fake=fake_score, target=target, teacher=teacher).items():
-                    error = denoising_error(net(x_0 + sigma * eps, sigma, labels[rows]), x_0, sigma).mean()
+                    error = denoising_error(net(x_0 + sigma * eps, sigma, labels), x_0, sigma).mean()
                     means.add(**{f'error_{name}': error})
             stats = dict(node=node, degrade_kimg=degraded / 1000, **means.collect())
             if snapshot and ruler and (seen == 0 or not degrading):
@@ -431,9 +432,12 @@ def train(args):
 
         # Random numbers of this step, for the global batch; this rank takes its rows.
         generator = data.step_generator(args.seed, degraded if degrading else nimg, int(degrading), device)
-        z, labels = draw_latents(args.batch, teacher, generator)
-        sigma, eps = sample_sigma(args.batch, generator), torch.randn(z.shape, generator=generator, device=device)
+        z, labels, sigma, eps = draw(generator)
         samples = []  # x_0 of each round
+        fall = min((1 - nimg / total) / preset['decay'], 1) if preset['decay'] else 1
+        for optimizer, lr in ((student_optimizer, args.lr), (fake_optimizer, args.fake_lr)):
+            for group in optimizer.param_groups:
+                group['lr'] = lr * fall
 
         # Update the student (Alg. 2): from where its samples are, towards the target.
         for i, rows in enumerate(rounds if not degrading else []):
@@ -465,11 +469,11 @@ def train(args):
 
         # Update the fake score (Eq. 5) on the same samples; while degrading (Eq. 7), on those of the untouched student.
         for update in range(1 if degrading else args.fake_updates):
-            if degrading or update:
-                z, labels = draw_latents(args.batch, teacher, generator)
+            if not samples or update:
+                z, labels, *_ = draw(generator)
                 with torch.no_grad(), autocast():
                     samples = [edm_nets.one_step(student, z[rows], labels[rows], args.sigma_init) for rows in rounds]
-            sigma, eps = sample_sigma(args.batch, generator), torch.randn(z.shape, generator=generator, device=device)
+            *_, sigma, eps = draw(generator)
             for i, (rows, x_0) in enumerate(zip(rounds, samples)):
                 with sync_last(i, rounds, ddp_fake, *([ddp_discriminator] if discriminator else [])):
                     x_t = x_0 + sigma[rows] * eps[rows]
@@ -483,8 +487,9 @@ def train(args):
                         real_labels = F.one_hot(dataset.labels(indices[rows]), labels.shape[1]).to(device) \
                             if teacher.label_dim else labels[rows]
                         with autocast():
-                            D_x, h = ddp_fake(torch.cat([x_t, real + sigma[rows] * eps[rows]]), sigma[rows].repeat(2, 1, 1, 1),
-                                              torch.cat([labels[rows], real_labels]), bottleneck=True)
+                            D_x, h = ddp_fake(
+                                torch.cat([x_t, real + sigma[rows] * eps[rows]]), sigma[rows].repeat(2, 1, 1, 1),
+                                torch.cat([labels[rows], real_labels]), bottleneck=True)
                             fake_logits, real_logits = ddp_discriminator(h).float().chunk(2)
                         fake_loss = denoising_error(D_x[:len(x_0)], x_0, sigma[rows]).mean()
                         discriminator_loss = (F.softplus(fake_logits) + F.softplus(-real_logits)).mean()
@@ -516,7 +521,7 @@ def read_scores(out):
 
 
 def summarize(args):
-    """summary.png (data, teacher, student before and after) and, with scores, a table to the terminal and summary.txt."""
+    """summary.png (data, teacher, student before and after) and, with scores, a table, also in summary.txt."""
     _, _, device = setup()
     teacher = edm_nets.load(args.teacher).to(device)
     before = edm_nets.load(args.teacher).to(device)

@@ -9,7 +9,6 @@ the Inception weights, is always called pixel-FD. Published FIDs are minima over
 """
 
 import argparse
-import os
 import sys
 
 import numpy as np
@@ -78,7 +77,8 @@ class InceptionC(nn.Module):
         super().__init__()
         wide, tall = dict(kernel=(1, 7), padding=(0, 3)), dict(kernel=(7, 1), padding=(3, 0))
         self.branch1x1 = Conv(c, 192, 1)
-        self.branch7x7_1, self.branch7x7_2, self.branch7x7_3 = Conv(c, c7, 1), Conv(c7, c7, **wide), Conv(c7, 192, **tall)
+        self.branch7x7_1, self.branch7x7_2 = Conv(c, c7, 1), Conv(c7, c7, **wide)
+        self.branch7x7_3 = Conv(c7, 192, **tall)
         self.branch7x7dbl_1, self.branch7x7dbl_2 = Conv(c, c7, 1), Conv(c7, c7, **tall)
         self.branch7x7dbl_3, self.branch7x7dbl_4 = Conv(c7, c7, **wide), Conv(c7, c7, **tall)
         self.branch7x7dbl_5 = Conv(c7, 192, **wide)
@@ -111,7 +111,8 @@ class InceptionE(nn.Module):
         wide, tall = dict(kernel=(1, 3), padding=(0, 1)), dict(kernel=(3, 1), padding=(1, 0))
         self.max_pool = max_pool  # the last block pools by maximum: a quirk of the 2015 graph
         self.branch1x1 = Conv(c, 320, 1)
-        self.branch3x3_1, self.branch3x3_2a, self.branch3x3_2b = Conv(c, 384, 1), Conv(384, 384, **wide), Conv(384, 384, **tall)
+        self.branch3x3_1 = Conv(c, 384, 1)
+        self.branch3x3_2a, self.branch3x3_2b = Conv(384, 384, **wide), Conv(384, 384, **tall)
         self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(c, 448, 1), Conv(448, 384, 3, padding=1)
         self.branch3x3dbl_3a, self.branch3x3dbl_3b = Conv(384, 384, **wide), Conv(384, 384, **tall)
         self.branch_pool = Conv(c, 192, 1)
@@ -169,7 +170,7 @@ class InceptionV3(nn.Module):
 
 
 def inception_v3(path=None):
-    """InceptionV3 with its weights, from `path` or fetched once into the cache and verified. Raises OSError, ValueError."""
+    """InceptionV3 with its weights, from `path` or fetched once and verified. Raises OSError, ValueError."""
     path = path or data.download(INCEPTION_URL, data.cache_path(INCEPTION_URL), sha256=INCEPTION_SHA256)
     net = InceptionV3()
     try:
@@ -306,7 +307,7 @@ class Ruler:
         return features, logits - self.net.fc.bias
 
     def measure(self, images_of, num, keep=0, batch=250):
-        """Statistics of images_of(0..num-1), this rank's share of them; and the first `keep` (images, features, logits)."""
+        """This rank's Statistics of images_of(0..num-1); and of the first `keep` (images, features, logits)."""
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         statistics, kept = Statistics(), []
         for start in range(rank * batch, num, world_size * batch):
@@ -343,7 +344,7 @@ def main(argv=None):
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument('--dataset', required=True, help='shapes, cifar10, ... or any name with --data')
     shared.add_argument('--data', help='prepared folder (default: datasets/DATASET)')
-    shared.add_argument('--features', choices=['inception', 'pixels'], help='default: pixels for shapes, else inception')
+    shared.add_argument('--features', choices=['inception', 'pixels'], help='default: pixels for shapes only')
     shared.add_argument('--inception', help='weights pt_inception-2015-12-05-6726825d.pth (default: fetched)')
     p = commands.add_parser('score', parents=[shared], help='score a network', allow_abbrev=False)
     p.add_argument('--net', required=True, help='path or URL of a teacher or a student')

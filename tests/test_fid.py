@@ -102,7 +102,8 @@ def test_shapes_are_read_back():
     assert fid.shapes_coverage(images)['coverage'] == 1 and fid.shapes_coverage(images)['tv'] < 0.1
     noise = torch.randint(0, 256, [50, 3, 16, 16], dtype=torch.uint8)
     assert fid.shapes_coverage(noise)['valid'] == 0
-    assert fid.shapes_coverage(torch.full([5, 3, 16, 16], 12, dtype=torch.uint8))['valid'] == 0  # ground and nothing on it
+    ground = torch.full([5, 3, 16, 16], data.Shapes.ground, dtype=torch.uint8)
+    assert fid.shapes_coverage(ground)['valid'] == 0
 
 
 def test_score_of_data_and_of_batches():

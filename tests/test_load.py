@@ -106,9 +106,11 @@ def hostile(canary):
     torch.save(Call(os.system, touch), torch_file, _use_new_zipfile_serialization=False)
     zip_file = io.BytesIO()
     torch.save(dict(net=Call(os.system, touch)), zip_file)
-    storage = Call(torch.storage._load_from_bytes, torch_file.getvalue())
+    gadget = Call(torch.storage._load_from_bytes, torch_file.getvalue())
     tensor = torch.zeros(4)
-    too_big = Call(torch._utils._rebuild_tensor_v2, tensor.storage(), 0, (1 << 40,), (0,), False, collections.OrderedDict())
+    rebuild = torch._utils._rebuild_tensor_v2
+    storage = tensor.__reduce_ex__(2)[1][0]
+    too_big = Call(rebuild, storage, 0, (1 << 40,), (0,), False, collections.OrderedDict())
     return {
         'os.system': pickle.dumps(dict(ema=Call(os.system, touch))),
         'posix.system': raw_global('posix', 'system', touch),
@@ -118,7 +120,7 @@ def hostile(canary):
         'numpy load': raw_global('numpy', 'load', str(canary)),
         'torch.load gadget': raw_global('torch', 'load', str(canary)),
         'torch.hub': raw_global('torch.hub', 'load', str(canary)),
-        'inside the bytes of a storage': pickle.dumps(dict(ema=storage)),
+        'inside the bytes of a storage': pickle.dumps(dict(ema=gadget)),
         'beside a good network': official_pickle(net, CONFIG, evil=Call(os.system, touch)),
         'inside a module': official_pickle(net, CONFIG, loss=Persistent('X', state=Call(os.system, touch))),
         'as class name': pickle.dumps(dict(ema=Persistent('os.system', _init_kwargs={}))),

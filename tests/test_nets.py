@@ -21,7 +21,8 @@ FULL_SIZE = [  # arguments, parameters, entries, SHA-256 of the lines "name<TAB>
     (dict(img_resolution=32, label_dim=10, channel_mult=[2, 2, 2], **VE), 56_400_643, 434, '16cc756da0bbd226'),
     (dict(img_resolution=64, channel_mult=[1, 2, 2, 2], **VP), 61_805_571, 553, 'a03a6ad24b8c7c7b'),
     (dict(img_resolution=64, channel_mult=[1, 2, 2, 2], **VE), 62_761_091, 563, 'f20ebc549f767287'),
-    (dict(img_resolution=64, label_dim=1000, model_type='DhariwalUNet', use_fp16=True), 295_899_267, 553, '1a21d6ab3d90810c')]
+    (dict(img_resolution=64, label_dim=1000, model_type='DhariwalUNet', use_fp16=True), 295_899_267, 553,
+     '1a21d6ab3d90810c')]
 
 
 @pytest.mark.parametrize('kwargs, parameters, entries, digest', FULL_SIZE)
@@ -78,7 +79,8 @@ def test_golden_samples(name, atol):
     z = rng.randn([3, 16, 16])
     labels = torch.eye(10)[rng.randint(10)] if net.label_dim else None
     assert_golden(edm_nets.heun(net, z, labels, 6), GOLDEN[name]['sample_det6'], atol)
-    churned = edm_nets.heun(net, z, labels, 6, S_churn=3, S_min=0.05, S_max=50, S_noise=1.003, randn_like=rng.randn_like)
+    churned = edm_nets.heun(net, z, labels, 6, S_churn=3, S_min=0.05, S_max=50, S_noise=1.003,
+                            randn_like=rng.randn_like)
     assert_golden(churned, GOLDEN[name]['sample_churn6'], atol)
 
 
