@@ -302,7 +302,7 @@ def download(url, path, timeout=30, **checksum):
 def cache_path(url):
     """Where downloads are kept: $ONE_STEP_CACHE or ~/.cache/one-step-diffusion."""
     folder = os.environ.get('ONE_STEP_CACHE') or Path.home() / '.cache' / 'one-step-diffusion'
-    return Path(folder) / url.rsplit('/', 1)[-1]
+    return Path(folder) / f'{hashlib.md5(url.encode()).hexdigest()[:8]}-{url.rsplit("/", 1)[-1]}'
 
 # ----------------------------------------------------------------------------------------------------
 # Preparation. A reader returns (count, iterator of (name, image or uint8 [H, W, 3], label or None)).

@@ -20,12 +20,13 @@ aims at nearer targets first:
     python disback.py --dataset cifar10                           # one GPU, the official EDM teacher
     torchrun --nproc_per_node=8 disback.py --dataset imagenet64   # eight GPUs
 
-Status: measured on shapes and small CIFAR-10 teachers (README). ImageNet-64 FID 1.38 is the paper's, not run here.
+Status: measured on shapes and on CIFAR-10 shrunk to 16 pixels (README). The paper's ImageNet-64 FID, 1.38: not run.
 """
 
 import argparse
 import contextlib
 import copy
+import datetime
 import functools
 import json
 import os
@@ -49,20 +50,30 @@ from edm_nets import atomic_save
 # Settings. The paper's EDM settings (its Appendix B) were not available to us. The rows of real data sets are those of
 # the distillers it builds on: batch, lr, sigma_init and EMA from SiD, the law of sigma and equal rates for both
 # networks from Diff-Instruct. The path has the form of the paper's SDXL script: degradation takes 1 % of the run, a
-# node as much; N = 4 is our choice. `shapes` was measured here: the wider law of sigma is what keeps all colours
-# alive (with the other one each class ends up in one colour), and the rates fall to zero over the last half.
+# node as much; N = 4 is our choice. `shapes` was measured here: high noise levels keep all colours alive
+# (with Diff-Instruct's law each class ends up in one colour), and the rates fall to zero over the last half.
 
-PRESETS = {
-    'shapes':     dict(batch=64,   lr=5e-4, fake_lr=1e-3, sigma_init=2.5, P_mean=-0.6, P_std=1.6, ema_kimg=500,
-                       decay=0.5, degrade_kimg=3,    node_kimg=2,    kimg=50,      eval_images=2_000),
-    'cifar10':    dict(batch=256,  lr=1e-5, fake_lr=1e-5, sigma_init=2.5, P_mean=-1.2, P_std=1.2, ema_kimg=500,
-                       decay=0.0, degrade_kimg=500,  node_kimg=500,  kimg=50_000,  eval_images=10_000),
-    'ffhq64':     dict(batch=512,  lr=1e-5, fake_lr=1e-5, sigma_init=2.5, P_mean=-1.2, P_std=1.2, ema_kimg=500,
-                       decay=0.0, degrade_kimg=500,  node_kimg=500,  kimg=50_000,  eval_images=10_000),
-    'afhqv2':     dict(batch=512,  lr=5e-6, fake_lr=5e-6, sigma_init=2.5, P_mean=-1.2, P_std=1.2, ema_kimg=500,
-                       decay=0.0, degrade_kimg=500,  node_kimg=500,  kimg=50_000,  eval_images=10_000),
-    'imagenet64': dict(batch=8192, lr=4e-6, fake_lr=4e-6, sigma_init=2.5, P_mean=-1.2, P_std=1.2, ema_kimg=2000,
-                       decay=0.0, degrade_kimg=2000, node_kimg=2000, kimg=200_000, eval_images=10_000),
+PRESETS = {  # student_sigma and fake_sigma: mean and standard deviation of ln sigma in the two losses
+    'shapes':     dict(batch=32,   lr=5e-4, fake_lr=2e-3, fake_updates=2, sigma_init=2.5, student_sigma=(0.6, 1.4),
+                       fake_sigma=(-0.2, 1.8), ema_kimg=500,  decay=0.5, degrade_kimg=2,    node_kimg=1,
+                       kimg=25,      eval_images=2_000,
+                       snapshot_kimg=5, status_kimg=0.625),
+    'cifar10':    dict(batch=256,  lr=1e-5, fake_lr=1e-5, fake_updates=1, sigma_init=2.5, student_sigma=(-1.2, 1.2),
+                       fake_sigma=(-1.2, 1.2), ema_kimg=500,  decay=0.0, degrade_kimg=500,  node_kimg=500,
+                       kimg=50_000,  eval_images=10_000,
+                       snapshot_kimg=1000, status_kimg=10),
+    'ffhq64':     dict(batch=512,  lr=1e-5, fake_lr=1e-5, fake_updates=1, sigma_init=2.5, student_sigma=(-1.2, 1.2),
+                       fake_sigma=(-1.2, 1.2), ema_kimg=500,  decay=0.0, degrade_kimg=500,  node_kimg=500,
+                       kimg=50_000,  eval_images=10_000,
+                       snapshot_kimg=1000, status_kimg=10),
+    'afhqv2':     dict(batch=512,  lr=5e-6, fake_lr=5e-6, fake_updates=1, sigma_init=2.5, student_sigma=(-1.2, 1.2),
+                       fake_sigma=(-1.2, 1.2), ema_kimg=500,  decay=0.0, degrade_kimg=500,  node_kimg=500,
+                       kimg=50_000,  eval_images=10_000,
+                       snapshot_kimg=1000, status_kimg=10),
+    'imagenet64': dict(batch=8192, lr=4e-6, fake_lr=4e-6, fake_updates=1, sigma_init=2.5, student_sigma=(-1.2, 1.2),
+                       fake_sigma=(-1.2, 1.2), ema_kimg=2000, decay=0.0, degrade_kimg=2000, node_kimg=2000,
+                       kimg=200_000, eval_images=10_000,
+                       snapshot_kimg=4000, status_kimg=50),
 }
 sigma_data = 0.5
 DISCRIMINATOR_WEIGHT = 1e-2  # of the GAN term in the fake score's loss: DMD2, ImageNet-64
@@ -81,10 +92,11 @@ def parse_args(argv=None):
     p.add_argument('--batch-gpu', type=int, help='images per GPU at a time (default: its whole share)')
     p.add_argument('--lr', type=float, default=preset['lr'], help='of the student (%(default)s)')
     p.add_argument('--fake-lr', type=float, default=preset['fake_lr'], help='of the fake score (%(default)s)')
-    p.add_argument('--fake-updates', type=int, default=1, help='fake score steps per student step (%(default)s)')
+    p.add_argument('--fake-updates', type=int, default=preset['fake_updates'], help='per student step (%(default)s)')
     p.add_argument('--sigma-init', type=float, default=preset['sigma_init'], help='of the one step (%(default)s)')
-    p.add_argument('--p-mean', type=float, default=preset['P_mean'], help='of ln sigma, both losses (%(default)s)')
-    p.add_argument('--p-std', type=float, default=preset['P_std'], help='of ln sigma, both losses (%(default)s)')
+    for flag in ('student_sigma', 'fake_sigma'):
+        p.add_argument('--' + flag.replace('_', '-'), type=float, nargs=2, metavar=('MEAN', 'STD'),
+                       default=preset[flag], help='of ln sigma in its loss (%(default)s)')
     p.add_argument('--loss', choices=['di', 'dmd'], default='di', help="Diff-Instruct's or DMD's (%(default)s)")
     p.add_argument('--nodes', type=int, default=4, help='N; 0: plain score distillation (%(default)s)')
     p.add_argument('--degrade-kimg', type=float, default=preset['degrade_kimg'], help='first stage (%(default)s)')
@@ -93,11 +105,17 @@ def parse_args(argv=None):
     p.add_argument('--seed', type=int, default=0, help='of all random numbers (%(default)s)')
     p.add_argument('--precision', choices=['bf16', 'fp32'], help='default: bf16 on a GPU, fp32 on a CPU')
     p.add_argument('--compile', action='store_true', help='torch.compile the networks')
-    p.add_argument('--snapshot-kimg', type=float, default=preset['kimg'] / 5, help='files, grid, scores (%(default)s)')
-    p.add_argument('--status-kimg', type=float, default=preset['kimg'] / 40, help='status lines (%(default)s)')
+    p.add_argument('--snapshot-kimg', type=float, default=preset['snapshot_kimg'], help='files, scores (%(default)s)')
+    p.add_argument('--status-kimg', type=float, default=preset['status_kimg'], help='status lines (%(default)s)')
     p.add_argument('--eval-images', type=int, default=preset['eval_images'], help='per scoring; 0: none (%(default)s)')
     p.add_argument('--features', choices=['inception', 'pixels'], help='default: pixels for shapes, else inception')
     args = p.parse_args(argv)
+    check_positive(p, args, 'kimg batch lr fake_lr fake_updates sigma_init degrade_kimg node_kimg snapshot_kimg '
+                            'status_kimg')
+    if args.nodes < 0 or args.eval_images < 0 or 0 < args.eval_images < 10:
+        p.error('--nodes must not be negative, --eval-images 0 or at least 10')
+    if args.dataset == 'shapes' and args.data:
+        p.error('--data: shapes is drawn on the fly; name the --dataset that the folder stands for')
     args.features = args.features or ('pixels' if args.dataset == 'shapes' else 'inception')
     args.out = args.out or f'runs/disback-{args.dataset}'
     return args
@@ -106,7 +124,7 @@ def parse_args(argv=None):
 # The method. Images and noise are float32 [N, C, H, W], sigma is [N, 1, 1, 1], x_t = x_0 + sigma eps.
 
 
-def draw_noise(n, net, P_mean, P_std, generator):
+def draw_noise(n, net, generator, P_mean, P_std):
     """The random numbers of `n` images: latents z, labels, noise levels with ln sigma ~ N(P_mean, P_std^2), noise eps.
 
     z and eps float32 [n, C, R, R] standard normal, sigma float32 [n, 1, 1, 1]; labels one-hot [n, max(label_dim, 1)],
@@ -181,7 +199,8 @@ def setup():
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; speed comes from bf16
     if not dist.is_initialized():
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))  # rank 0 may be fetching a dataset
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -206,6 +225,23 @@ def sync_last(i, rounds, *ddps):
 def make_autocast(precision, device):
     """A context for the networks: bf16 autocast (no gradient scaling needed), or nothing for fp32."""
     return functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == 'bf16')
+
+
+def rank0_first(function, *args):
+    """function(*args) on rank 0, then on the others, which find in place what it fetched or prepared."""
+    if dist.get_rank() > 0:
+        dist.barrier()
+    result = function(*args)
+    if dist.get_rank() == 0:
+        dist.barrier()
+    return result
+
+
+def check_positive(parser, args, names):
+    """Exit with a usage error unless each of the named arguments is positive."""
+    for name in names.split():
+        if not getattr(args, name) > 0:
+            parser.error(f'--{name.replace("_", "-")} must be positive')
 
 
 def print0(*args):
@@ -244,7 +280,7 @@ class Means:
             dist.all_reduce(total)
             means[name] = float(total) / self.counts[name] / dist.get_world_size()
             if not np.isfinite(means[name]):
-                raise FloatingPointError(f'{name} is {means[name]}: training has diverged')
+                raise FloatingPointError(f'{name} is {means[name]}: training has diverged; latest.pt is from before')
         self.__init__()
         return means
 
@@ -278,6 +314,8 @@ def load_checkpoint(out, config):
         if changed:
             raise ValueError(f'{out} holds another run ({", ".join(changed)}): give another --out')
         return state
+    if any(os.path.exists(f'{path}.damaged') for path in paths):
+        raise ValueError(f'no whole checkpoint is left in {out}: delete the folder to start over')
     return None
 
 
@@ -305,12 +343,11 @@ def log_status(out, stats, nimg, total, seconds, images):
 
 def load_node(net, out, node):
     """Load node `node` of the recorded path into `net`, in place and strictly. A missing key is an error."""
-    content = torch.load(f'{out}/path-{node:02d}.pt', map_location='cpu', weights_only=True)
-    net.load_state_dict(content['net'], strict=True)
+    net.load_state_dict(edm_nets.load(f'{out}/path-{node:02d}.pt').state_dict(), strict=True)
 
 
 def train(args):
-    """Both stages, from wherever the run folder stands to --kimg."""
+    """Both stages, from wherever the run folder stands to --kimg. Returns False if there was nothing left to do."""
     preset = PRESETS[args.dataset]
 
     # Initialize. Every random number of the training comes from data.step_generator.
@@ -318,31 +355,31 @@ def train(args):
     rounds = rank_slices(args.batch, args.batch_gpu)
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
     autocast = make_autocast(args.precision, device)
-    torch.manual_seed(args.seed)
     os.makedirs(args.out, exist_ok=True)
+    if args.teacher is None:
+        args.teacher = edm_nets.shapes_teacher() if args.dataset == 'shapes' else edm_nets.TEACHERS[args.dataset]
 
-    # Teacher. That of shapes is trained on the way, once.
-    if args.teacher is None and args.dataset == 'shapes':
-        edm_nets.train(['--dataset', 'shapes'])
-        args.teacher = edm_nets.newest('runs/teacher-shapes', 'teacher')
-    args.teacher = args.teacher or edm_nets.TEACHERS[args.dataset]
-    if rank == 0:
-        edm_nets.load(args.teacher)  # fetches it if need be
-    dist.barrier()  # guards the download
-    teacher = edm_nets.load(args.teacher).to(device, memory_format=torch.channels_last)
+    # Resume? `degraded` counts the images of the first stage, `nimg` those shown to the student.
+    config = {k: v for k, v in vars(args).items() if k in (
+        'dataset', 'teacher', 'batch', 'lr', 'fake_lr', 'fake_updates', 'sigma_init', 'student_sigma', 'fake_sigma',
+        'loss', 'nodes', 'degrade_kimg', 'node_kimg', 'gan_weight', 'seed', 'precision')}
+    config = json.loads(json.dumps(config))  # lists for tuples, as they will be read back
+    state, total = load_checkpoint(args.out, config), args.kimg * 1000
+    if state and state['nimg'] >= total:
+        print0(f'{args.out} is complete at {state["nimg"] / 1000:g} kimg, nothing to do')
+        return False
 
-    # Data, only where it is used: the method itself needs none.
+    # Teacher. Data only where it is used: the method itself needs none.
+    teacher = rank0_first(edm_nets.load, args.teacher).to(device, memory_format=torch.channels_last)
     dataset = ruler = None
     if args.gan_weight or args.eval_images:
-        if rank == 0:
-            data.open_dataset(args.dataset, args.data)
-        dist.barrier()  # guards the dataset folder
-        dataset = data.open_dataset(args.dataset, args.data)
-        if dataset.resolution != teacher.img_resolution or teacher.label_dim not in (0, dataset.label_dim):
-            raise ValueError(f'{args.teacher} makes {teacher.img_resolution} px images of {teacher.label_dim} classes, '
-                             f'{args.dataset} has {dataset.resolution} px and {dataset.label_dim} classes')
+        dataset = rank0_first(data.open_dataset, args.dataset, args.data)
+        if dataset.resolution != teacher.img_resolution:
+            raise ValueError(f'{args.teacher} makes images of {teacher.img_resolution} px, not {dataset.resolution}')
+        if args.gan_weight and teacher.label_dim and not 0 < dataset.label_dim <= teacher.label_dim:
+            raise ValueError(f'{args.teacher} knows {teacher.label_dim} classes, the data has {dataset.label_dim}')
     if args.eval_images:
-        ruler = fid.Ruler(dataset, args.features, device)
+        ruler = fid.Ruler(dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
 
     # Networks. All stay in eval mode: no dropout, as in DMD2. The target's weights are swapped in place.
     student, fake_score, target = (copy.deepcopy(teacher) for _ in range(3))
@@ -351,6 +388,7 @@ def train(args):
     discriminator = None
     if args.gan_weight:
         h = teacher(torch.zeros([1, 3, dataset.resolution, dataset.resolution], device=device), 1., bottleneck=True)[1]
+        torch.manual_seed(args.seed)
         discriminator = Discriminator(h.shape[1]).to(device)
     for net in (student, fake_score):
         net.requires_grad_(True)
@@ -371,31 +409,25 @@ def train(args):
     fake_parameters = [p for net in (fake_score, discriminator) if net for p in net.parameters() if p.requires_grad]
     fake_optimizer = adam(fake_parameters, lr=args.fake_lr)
 
-    # Resume. `degraded` counts the images of the first stage, `nimg` those shown to the student.
+    # The path, and where the run stands.
     steps = max(round(args.degrade_kimg * 1000 / args.batch), args.nodes) if args.nodes else 0
     recordings = {step * args.batch: i + 1 for i, step in enumerate(recording_steps(steps, args.nodes))}
-    degrade_total, total = steps * args.batch, args.kimg * 1000
-    degraded, nimg, node, resumed = 0, 0, None, None
-    config = {k: v for k, v in vars(args).items() if k in (
-        'dataset', 'teacher', 'batch', 'lr', 'fake_lr', 'fake_updates', 'sigma_init', 'loss', 'nodes', 'degrade_kimg',
-        'node_kimg', 'p_mean', 'p_std', 'gan_weight', 'seed', 'precision')}
+    degrade_total, degraded, nimg, node, resumed = steps * args.batch, 0, 0, None, None
     evolving = dict(student=student, ema=ema, fake_score=fake_score, student_optimizer=student_optimizer,
                     fake_optimizer=fake_optimizer, **(dict(discriminator=discriminator) if discriminator else {}))
-    if state := load_checkpoint(args.out, config):
+    if state:
         degraded, nimg, resumed = state['degraded'], state['nimg'], state['degraded'] + state['nimg']
         for name, part in evolving.items():
             part.load_state_dict(state[name])
-        if nimg >= total:
-            print0(f'{args.out} is complete at {nimg / 1000:g} kimg, nothing to do')
-            return
         print0(f'resuming {args.out} at {nimg / 1000:g} kimg')
     elif rank == 0:
         edm_nets.save(f'{args.out}/path-00.pt', teacher, args.dataset, 0)  # node 0 is the untouched teacher
-    dist.barrier()  # guards the checkpoint and the path: nobody writes before all have read
     if rank == 0:
         start_log(args.out, state['log_bytes'] if state else 0, args)
+    del state
+    dist.barrier()  # guards path-00.pt
 
-    draw = functools.partial(draw_noise, args.batch, teacher, args.p_mean, args.p_std)  # for the global batch
+    draw = functools.partial(draw_noise, args.batch, teacher)  # for the global batch
     means, tick_time, tick_seen = Means(), time.time(), degraded + nimg
     while True:
         # The target of the moment.
@@ -408,17 +440,18 @@ def train(args):
         # Status line, snapshot, checkpoint, done?
         snapshot = done or is_due(seen, args.batch, args.snapshot_kimg)
         if seen != resumed and (snapshot or is_due(seen, args.batch, args.status_kimg)):
-            z, labels, sigma, eps = (part[rounds[0]] for part in draw(data.step_generator(args.seed, seen, 2, device)))
+            generator = data.step_generator(args.seed, seen, 2, device)
+            z, labels, sigma, eps = (part[rounds[0]] for part in draw(generator, *args.fake_sigma))
             with torch.no_grad(), autocast():
                 x_0 = edm_nets.one_step(student, z, labels, args.sigma_init)
                 # The mismatch of a model: its denoising error on the student's samples, less the fake score's.
                 for name, net in dict(fake=fake_score, target=target, teacher=teacher).items():
                     error = denoising_error(net(x_0 + sigma * eps, sigma, labels), x_0, sigma).mean()
                     means.add(**{f'error_{name}': error})
-            stats = dict(node=node, degrade_kimg=degraded / 1000, **means.collect())
+            stats, seconds = dict(node=node, degrade_kimg=degraded / 1000, **means.collect()), time.time() - tick_time
             if snapshot and ruler and (seen == 0 or not degrading):
                 stats |= ruler.score(lambda seeds: edm_nets.generate(ema, seeds), args.eval_images)
-            log_status(args.out, stats, nimg, total, time.time() - tick_time, seen - tick_seen)
+            log_status(args.out, stats, nimg, total, seconds, seen - tick_seen)
             if snapshot and rank == 0:
                 data.save_grid(edm_nets.generate(ema, range(64)), f'{args.out}/grid-{nimg // 1000:06d}.png', scale=2)
                 if nimg:
@@ -432,7 +465,7 @@ def train(args):
 
         # Random numbers of this step, for the global batch; this rank takes its rows.
         generator = data.step_generator(args.seed, degraded if degrading else nimg, int(degrading), device)
-        z, labels, sigma, eps = draw(generator)
+        z, labels, sigma, eps = draw(generator, *args.student_sigma)
         samples = []  # x_0 of each round
         fall = min((1 - nimg / total) / preset['decay'], 1) if preset['decay'] else 1
         for optimizer, lr in ((student_optimizer, args.lr), (fake_optimizer, args.fake_lr)):
@@ -470,10 +503,10 @@ def train(args):
         # Update the fake score (Eq. 5) on the same samples; while degrading (Eq. 7), on those of the untouched student.
         for update in range(1 if degrading else args.fake_updates):
             if not samples or update:
-                z, labels, *_ = draw(generator)
+                z, labels, *_ = draw(generator, *args.fake_sigma)
                 with torch.no_grad(), autocast():
                     samples = [edm_nets.one_step(student, z[rows], labels[rows], args.sigma_init) for rows in rounds]
-            *_, sigma, eps = draw(generator)
+            *_, sigma, eps = draw(generator, *args.fake_sigma)
             for i, (rows, x_0) in enumerate(zip(rounds, samples)):
                 with sync_last(i, rounds, ddp_fake, *([ddp_discriminator] if discriminator else [])):
                     x_t = x_0 + sigma[rows] * eps[rows]
@@ -482,7 +515,8 @@ def train(args):
                             D_x = ddp_fake(x_t, sigma[rows], labels[rows])
                         loss = fake_loss = denoising_error(D_x, x_0, sigma[rows]).mean()
                     else:  # one forward for the fakes and, at the same noise, as many real images
-                        indices, flips = data.batch_order(args.seed, seen, args.batch, len(dataset))
+                        first = seen * args.fake_updates + update * args.batch
+                        indices, _ = data.batch_order(args.seed, first, args.batch, len(dataset))
                         real = data.to_float(dataset.images(indices[rows]).to(device))
                         real_labels = F.one_hot(dataset.labels(indices[rows]), labels.shape[1]).to(device) \
                             if teacher.label_dim else labels[rows]
@@ -511,12 +545,16 @@ def train(args):
             dist.barrier()  # guards the node's file
         if degraded == degrade_total:
             fake_optimizer = evolving['fake_optimizer'] = adam(fake_parameters, lr=args.fake_lr)
+    dist.barrier()  # guards the last files
+    return True
 
 
 def read_scores(out):
     """The first and the last line with scores of a run: (student before, student after)."""
     with open(f'{out}/stats.jsonl') as f:
         lines = [stats for stats in map(json.loads, f) if 'images' in stats]
+    if not lines:
+        raise ValueError(f'{out} was run without scores: repeat it with another --out, or with --eval-images 0')
     return lines[0], lines[-1]
 
 
@@ -527,37 +565,33 @@ def summarize(args):
     before = edm_nets.load(args.teacher).to(device)
     before.sigma_init = args.sigma_init
     after = edm_nets.load(edm_nets.newest(args.out, 'student')).to(device)
-    dataset, rows = data.open_dataset(args.dataset, args.data), {}
+    dataset, rows, lines, seeds = data.Shapes(), {}, [], np.arange(36)
+    if args.eval_images:
+        ruler = fid.Ruler(dataset, args.features, device)
+        # Two draws of data differ too: the first row is the least that so few images can reach.
+        rows['data, other images'] = ruler.score(data.Shapes(args.eval_images, seed=1).images, args.eval_images)
+        rows['teacher, 18 steps'] = ruler.score(lambda i: edm_nets.generate(teacher, i, 18), args.eval_images)
+        rows['student before'], rows['student after'] = read_scores(args.out)
+        if args.nodes:
+            rows['the same without nodes'] = read_scores(f'{args.out}-nodes0')[1]
+        columns = [ruler.name, 'precision', 'recall', 'valid', 'coverage', 'tv']
+        lines = [f'{"":24s}' + ''.join(f'{c:>11s}' for c in columns)]
+        lines += [f'{name:24s}' + ''.join(f'{row[c]:11.3f}' for c in columns) for name, row in rows.items()]
     if dist.get_rank() == 0:
-        seeds = np.arange(36)
+        with open(f'{args.out}/summary.txt', 'w') as f:
+            f.write('\n'.join(lines) + '\n')
         data.save_panels({
             'data': dataset.images(seeds), 'teacher, 18 steps': edm_nets.generate(teacher, seeds, 18),
             'student before, 1 step': edm_nets.generate(before, seeds),
             'student after, 1 step': edm_nets.generate(after, seeds)}, f'{args.out}/summary.png', columns=18, scale=3)
-        print0(f'{args.out}/summary.png: data, teacher, student before, student after')
-    if not args.eval_images:
-        return
-    ruler = fid.Ruler(dataset, args.features, device)
-    # Two draws of data differ too: by the first row. It is the least that so few images can reach.
-    rows['data, other images'] = ruler.score(data.Shapes(args.eval_images, seed=1).images, args.eval_images)
-    rows['teacher, 18 steps'] = ruler.score(lambda seeds: edm_nets.generate(teacher, seeds, 18), args.eval_images)
-    rows['student before'], rows['student after'] = read_scores(args.out)
-    if args.nodes:
-        rows['the same without nodes'] = read_scores(f'{args.out}-nodes0')[1]
-    columns = [ruler.name, 'precision', 'recall', 'valid', 'coverage', 'tv']
-    lines = [f'{"":24s}' + ''.join(f'{c:>11s}' for c in columns)]
-    lines += [f'{name:24s}' + ''.join(f'{row[c]:11.3f}' for c in columns) for name, row in rows.items()]
-    if dist.get_rank() == 0:
-        print('\n'.join(lines), flush=True)
-        with open(f'{args.out}/summary.txt', 'w') as f:
-            f.write('\n'.join(lines) + '\n')
+        print('\n'.join([*lines, f'{args.out}/summary.png: data, teacher, student before, student after']), flush=True)
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
-        train(args)
-        if args.dataset == 'shapes' and not os.path.exists(f'{args.out}/summary.txt'):
+        trained = train(args)
+        if args.dataset == 'shapes' and (trained or not os.path.exists(f'{args.out}/summary.png')):
             if args.nodes and args.eval_images:  # the same number of images without backtracking, for the table
                 train(argparse.Namespace(**dict(vars(args), nodes=0, out=f'{args.out}-nodes0')))
             summarize(args)

@@ -16,12 +16,12 @@ import argparse
 import collections
 import contextlib
 import copy
+import datetime
 import functools
 import io
 import json
 import os
 import pickle
-import resource
 import sys
 import time
 import zipfile
@@ -36,6 +36,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+
+if os.name == 'posix':
+    import resource  # peak memory of the process, for `bench`
 
 # ----------------------------------------------------------------------------------------------------
 # Layers.
@@ -155,7 +158,7 @@ class UNetBlock(nn.Module):
         if self.heads:
             n, c, height, width = x.shape
             qkv = self.qkv(self.norm2(x)).reshape(n, self.heads, c // self.heads, 3, height * width)
-            q, k, v = qkv.permute(3, 0, 1, 4, 2).unbind(0)  # each [N, heads, H*W, C/heads]; q|k|v vary fastest
+            q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()  # each [N, heads, H*W, C/heads]; q|k|v vary fastest
             a = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, c, height, width)
             x = (self.proj(a) + x) * self.skip_scale
         return x
@@ -396,7 +399,12 @@ def atomic_save(obj, path):
 
 
 def save(path, net, dataset, nimg, **more):
-    """Write the slim file for users: weights, constructor arguments, sigma_init; read by `load` or torch.load."""
+    """Write the slim file for users: weights, constructor arguments, sigma_init; read by `load` or torch.load.
+
+    Raises FloatingPointError when a weight is not finite.
+    """
+    if not all(p.isfinite().all() for p in net.parameters()):
+        raise FloatingPointError('a weight is not finite: training has diverged; latest.pt is from before')
     atomic_save(dict(net={k: v.cpu() for k, v in net.state_dict().items()}, net_kwargs=net.kwargs,
                      sigma_init=net.sigma_init, dataset=dataset, kimg=nimg / 1000, **more), path)
 
@@ -414,7 +422,7 @@ def load(path_or_url):
     if not path.is_file():
         raise FileNotFoundError(f'no network at {path_or_url}')
     try:
-        if path.read_bytes()[:2] == b'PK':  # a zip: torch.save
+        if zipfile.is_zipfile(path):  # torch.save
             content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
             kwargs, state, sigma_init = content['net_kwargs'], content['net'], content['sigma_init']
         else:
@@ -432,7 +440,7 @@ def load(path_or_url):
 
 def newest(folder, kind):
     """The last KIND-<kimg>.pt of a run folder, kind teacher or student. Raises FileNotFoundError."""
-    files = sorted(Path(folder).glob(f'{kind}-*.pt'))
+    files = sorted(Path(folder).glob(f'{kind}-*.pt'), key=lambda file: int(file.stem.split('-')[1]))
     if not files:
         raise FileNotFoundError(f'no {kind}-*.pt in {folder}')
     return str(files[-1])
@@ -629,7 +637,8 @@ def setup():
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; speed comes from bf16
     if not dist.is_initialized():
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))  # rank 0 may be fetching a dataset
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -654,6 +663,23 @@ def sync_last(i, rounds, *ddps):
 def make_autocast(precision, device):
     """A context for the networks: bf16 autocast (no gradient scaling needed), or nothing for fp32."""
     return functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == 'bf16')
+
+
+def rank0_first(function, *args):
+    """function(*args) on rank 0, then on the others, which find in place what it fetched or prepared."""
+    if dist.get_rank() > 0:
+        dist.barrier()
+    result = function(*args)
+    if dist.get_rank() == 0:
+        dist.barrier()
+    return result
+
+
+def check_positive(parser, args, names):
+    """Exit with a usage error unless each of the named arguments is positive."""
+    for name in names.split():
+        if not getattr(args, name) > 0:
+            parser.error(f'--{name.replace("_", "-")} must be positive')
 
 
 def print0(*args):
@@ -692,7 +718,7 @@ class Means:
             dist.all_reduce(total)
             means[name] = float(total) / self.counts[name] / dist.get_world_size()
             if not np.isfinite(means[name]):
-                raise FloatingPointError(f'{name} is {means[name]}: training has diverged')
+                raise FloatingPointError(f'{name} is {means[name]}: training has diverged; latest.pt is from before')
         self.__init__()
         return means
 
@@ -726,6 +752,8 @@ def load_checkpoint(out, config):
         if changed:
             raise ValueError(f'{out} holds another run ({", ".join(changed)}): give another --out')
         return state
+    if any(os.path.exists(f'{path}.damaged') for path in paths):
+        raise ValueError(f'no whole checkpoint is left in {out}: delete the folder to start over')
     return None
 
 
@@ -765,15 +793,20 @@ SMALL = dict(model_type='SongUNet', model_channels=16, channel_mult=[1, 2, 2], n
 # `decay`: the last part of the run over which the learning rate falls to zero; EDM keeps it constant.
 PRESETS = {
     'shapes':     dict(net=SMALL,    batch=64,   lr=2e-3, rampup_kimg=5,      kimg=130,       ema_kimg=500,
-                       decay=0.5, dropout=0.00, cond=True,  xflip=False),
+                       decay=0.5, dropout=0.00, cond=True,  xflip=False,
+                       snapshot_kimg=26, status_kimg=6.5),
     'cifar10':    dict(net=DDPMPP,   batch=512,  lr=1e-3, rampup_kimg=10_000, kimg=200_000,   ema_kimg=500,
-                       decay=0.0, dropout=0.13, cond=False, xflip=True),
+                       decay=0.0, dropout=0.13, cond=False, xflip=True,
+                       snapshot_kimg=2500, status_kimg=50),
     'ffhq64':     dict(net=DDPMPP64, batch=256,  lr=2e-4, rampup_kimg=10_000, kimg=200_000,   ema_kimg=500,
-                       decay=0.0, dropout=0.05, cond=False, xflip=True),
+                       decay=0.0, dropout=0.05, cond=False, xflip=True,
+                       snapshot_kimg=2500, status_kimg=50),
     'afhqv2':     dict(net=DDPMPP64, batch=256,  lr=2e-4, rampup_kimg=10_000, kimg=200_000,   ema_kimg=500,
-                       decay=0.0, dropout=0.25, cond=False, xflip=True),
+                       decay=0.0, dropout=0.25, cond=False, xflip=True,
+                       snapshot_kimg=2500, status_kimg=50),
     'imagenet64': dict(net=ADM,      batch=4096, lr=1e-4, rampup_kimg=10_000, kimg=2_500_000, ema_kimg=50_000,
-                       decay=0.0, dropout=0.10, cond=True,  xflip=False),
+                       decay=0.0, dropout=0.10, cond=True,  xflip=False,
+                       snapshot_kimg=10000, status_kimg=200),
 }
 
 
@@ -806,9 +839,10 @@ def parse_train_args(argv):
     p.add_argument('--seed', type=int, default=0, help='of weights, data order and noise (%(default)s)')
     p.add_argument('--precision', choices=['bf16', 'fp32'], help='default: bf16 on a GPU, fp32 on a CPU')
     p.add_argument('--compile', action='store_true', help='torch.compile the network')
-    p.add_argument('--snapshot-kimg', type=float, default=preset['kimg'] / 20, help='files, grid (%(default)s)')
-    p.add_argument('--status-kimg', type=float, default=min(preset['kimg'] / 20, 50), help='lines (%(default)s)')
+    p.add_argument('--snapshot-kimg', type=float, default=preset['snapshot_kimg'], help='files, grid (%(default)s)')
+    p.add_argument('--status-kimg', type=float, default=preset['status_kimg'], help='lines (%(default)s)')
     args = p.parse_args(argv)
+    check_positive(p, args, 'kimg batch lr channels blocks snapshot_kimg status_kimg')
     args.out = args.out or f'runs/teacher-{args.dataset}'
     return args
 
@@ -826,10 +860,7 @@ def train(argv=None):
     os.makedirs(args.out, exist_ok=True)
 
     # Data.
-    if rank == 0:
-        data.open_dataset(args.dataset, args.data)  # fetches what can be fetched
-    dist.barrier()  # guards the dataset folder
-    dataset = data.open_dataset(args.dataset, args.data)
+    dataset = rank0_first(data.open_dataset, args.dataset, args.data)
     label_dim = dataset.label_dim if args.cond else 0
 
     # Networks.
@@ -861,22 +892,24 @@ def train(argv=None):
     dist.barrier()  # guards the checkpoint: nobody writes before all have read
     if rank == 0:
         start_log(args.out, state['log_bytes'] if state else 0, args)
+    del state
 
     means, tick_time, tick_nimg = Means(), time.time(), nimg
     while True:
         # Status line, snapshot, checkpoint, done?
         done = nimg >= total
-        if nimg != resumed and (done or is_due(nimg, args.batch, args.status_kimg)
-                                or is_due(nimg, args.batch, args.snapshot_kimg)):
+        snapshot = done or is_due(nimg, args.batch, args.snapshot_kimg)
+        if nimg != resumed and (snapshot or is_due(nimg, args.batch, args.status_kimg)):
             log_status(args.out, means.collect(), nimg, total, time.time() - tick_time, nimg - tick_nimg)
+            if snapshot and rank == 0:
+                grid = generate(ema, range(64), num_steps=18)
+                data.save_grid(grid, f'{args.out}/grid-{nimg // 1000:06d}.png', scale=2)
+                if nimg:
+                    save(f'{args.out}/teacher-{nimg // 1000:06d}.pt', ema, args.dataset, nimg)
+                save_checkpoint(args.out, dict(
+                    config=config, nimg=nimg, net=net.state_dict(), ema=ema.state_dict(),
+                    optimizer=optimizer.state_dict(), log_bytes=os.path.getsize(f'{args.out}/stats.jsonl')))
             tick_time, tick_nimg = time.time(), nimg
-        if nimg != resumed and rank == 0 and (done or is_due(nimg, args.batch, args.snapshot_kimg)):
-            data.save_grid(generate(ema, range(64), num_steps=18), f'{args.out}/grid-{nimg // 1000:06d}.png', scale=2)
-            if nimg > 0:
-                save(f'{args.out}/teacher-{nimg // 1000:06d}.pt', ema, args.dataset, nimg)
-            save_checkpoint(args.out, dict(config=config, nimg=nimg, net=net.state_dict(), ema=ema.state_dict(),
-                                           optimizer=optimizer.state_dict(),
-                                           log_bytes=os.path.getsize(f'{args.out}/stats.jsonl')))
         if done:
             break
 
@@ -903,6 +936,15 @@ def train(argv=None):
         optimizer.zero_grad(set_to_none=True)
         update_ema(ema, net, nimg, args.batch, preset['ema_kimg'])
         nimg += args.batch
+    dist.barrier()  # guards the last files
+
+
+def shapes_teacher():
+    """The path of the small teacher on `shapes`, trained on the way if it is not there yet. Collective."""
+    path = f'runs/teacher-shapes/teacher-{PRESETS["shapes"]["kimg"]:06d}.pt'
+    if not os.path.exists(path):
+        train(['--dataset', 'shapes'])
+    return path
 
 # ----------------------------------------------------------------------------------------------------
 # Sampling and measuring: python edm_nets.py sample | bench
@@ -911,7 +953,10 @@ def train(argv=None):
 def parse_seeds(text):
     """'0-3,7' -> [0, 1, 2, 3, 7]."""
     ranges = [part.split('-') for part in text.split(',')]
-    return [seed for r in ranges for seed in range(int(r[0]), int(r[-1]) + 1)]
+    seeds = [seed for r in ranges for seed in range(int(r[0]), int(r[-1]) + 1)]
+    if not seeds:
+        raise ValueError(f'no seed in {text}')
+    return seeds
 
 
 def sample(argv=None):

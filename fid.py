@@ -9,6 +9,7 @@ the Inception weights, is always called pixel-FD. Published FIDs are minima over
 """
 
 import argparse
+import os
 import sys
 
 import numpy as np
@@ -278,19 +279,18 @@ class Ruler:
     """Features, and the reference to compare with: `score` for generated images.
 
     features: 'inception' (FID, weights from `inception` or fetched) or 'pixels' (pixel-FD). The reference is the
-    whole `dataset`, or the statistics in the .npz file `ref`. Collective: every rank makes one.
+    whole `dataset`, or the statistics in the .npz file `ref`. Collective: every rank makes one. `cache` names a .npz
+    file that keeps the measured reference.
     """
 
-    def __init__(self, dataset, features, device, inception=None, ref=None):
+    def __init__(self, dataset, features, device, inception=None, ref=None, cache=None):
         self.dataset, self.device = dataset, device
         self.name = 'FID' if features == 'inception' else 'pixel-FD'
         self.net = None
         if features == 'inception':
-            first = not dist.is_initialized() or dist.get_rank() == 0
-            net = inception_v3(inception) if first else None
-            if dist.is_initialized():
-                dist.barrier()  # guards the download of the weights
-            self.net = (net or inception_v3(inception)).to(device)
+            load = edm_nets.rank0_first if dist.is_initialized() else lambda function, path: function(path)
+            self.net = load(inception_v3, inception).to(device)
+        ref = ref or (cache if cache and os.path.exists(cache) else None)
         if ref:
             with np.load(ref) as file:
                 if not {'mu', 'sigma'} <= set(file.files):
@@ -298,6 +298,10 @@ class Ruler:
                 self.mu, self.sigma = file['mu'], file['sigma']
         else:
             self.mu, self.sigma, _ = self.measure(dataset.images, len(dataset))[0].result()
+            if cache and (not dist.is_initialized() or dist.get_rank() == 0):
+                with open(f'{cache}.tmp', 'wb') as file:
+                    np.savez(file, mu=self.mu, sigma=self.sigma)
+                os.replace(f'{cache}.tmp', cache)
 
     def features(self, images):
         """uint8 [n, 3, R, R] -> (features [n, d], logits without bias [n, 1008] or None)."""
@@ -310,6 +314,7 @@ class Ruler:
         """This rank's Statistics of images_of(0..num-1); and of the first `keep` (images, features, logits)."""
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         statistics, kept = Statistics(), []
+        statistics.add(self.features(images_of(np.arange(1)))[0][:0])  # the shape, should this rank have no image
         for start in range(rank * batch, num, world_size * batch):
             images = images_of(np.arange(start, min(start + batch, num)))
             features, logits = self.features(images)
@@ -329,7 +334,9 @@ class Ruler:
         mu, sigma, n = statistics.result()
         scores = {self.name: frechet_distance(mu, sigma, self.mu, self.sigma), 'images': n}
         few = min(n, 10_000)
-        real = self.features(self.dataset.images(np.arange(min(few, len(self.dataset)))))[0].cpu()
+        chosen = np.random.default_rng(0).permutation(len(self.dataset))[:few]  # folders are sorted by class
+        parts = np.array_split(chosen, -(-few // batch))
+        real = torch.cat([self.features(self.dataset.images(part))[0].cpu() for part in parts])
         scores['precision'], scores['recall'] = precision_recall(real, features[:few])
         if logits is not None:
             scores['IS'] = inception_score(logits)
@@ -360,16 +367,19 @@ def main(argv=None):
     _, _, device = edm_nets.setup()
     features = args.features or ('pixels' if args.dataset == 'shapes' else 'inception')
     try:
-        ruler = Ruler(data.open_dataset(args.dataset, args.data), features, device, args.inception,
+        dataset = edm_nets.rank0_first(data.open_dataset, args.dataset, args.data)
+        ruler = Ruler(dataset, features, device, args.inception,
                       args.ref if args.command == 'score' else None)
         if args.command == 'ref':
             if dist.get_rank() == 0:
                 np.savez(args.out, mu=ruler.mu, sigma=ruler.sigma)
             edm_nets.print0(f'{args.out}: {features} statistics of {len(ruler.dataset)} images')
             return
-        net = edm_nets.load(args.net).to(device)
+        net = edm_nets.rank0_first(edm_nets.load, args.net).to(device)
         steps = args.steps if args.steps or net.sigma_init is not None else 18
-        if args.num < 2 or net.img_resolution != ruler.dataset.resolution:
+        if steps == 1 and net.sigma_init is None:
+            raise ValueError(f'{args.net} is a teacher, not a one-step student: give more --steps')
+        if args.num < 10 or net.img_resolution != ruler.dataset.resolution:
             raise ValueError(f'--num {args.num} images of side {net.img_resolution} against {ruler.dataset.resolution}')
         if args.num != 50_000:
             edm_nets.print0(f'warning: {ruler.name} of {args.num} images cannot be compared with that of 50,000')
