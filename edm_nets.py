@@ -836,6 +836,10 @@ def parse_train_args(argv):
     p.add_argument('--channels', type=int, default=net['model_channels'], help='base width (%(default)s)')
     p.add_argument('--channel-mult', type=int, nargs='+', default=net['channel_mult'], help='per level (%(default)s)')
     p.add_argument('--blocks', type=int, default=net['num_blocks'], help='blocks per level (%(default)s)')
+    p.add_argument('--attention', type=int, nargs='*', default=net['attn_resolutions'], help='at which (%(default)s)')
+    p.add_argument('--rampup-kimg', type=float, default=preset['rampup_kimg'], help='of the rate (%(default)s)')
+    p.add_argument('--decay', type=float, default=preset['decay'], help='last part of the run, in which the rate '
+                   'falls to zero (%(default)s)')
     p.add_argument('--seed', type=int, default=0, help='of weights, data order and noise (%(default)s)')
     p.add_argument('--precision', choices=['bf16', 'fp32'], help='default: bf16 on a GPU, fp32 on a CPU')
     p.add_argument('--compile', action='store_true', help='torch.compile the network')
@@ -865,7 +869,7 @@ def train(argv=None):
 
     # Networks.
     net_kwargs = dict(preset['net'], model_channels=args.channels, channel_mult=args.channel_mult,
-                      num_blocks=args.blocks, dropout=args.dropout)
+                      num_blocks=args.blocks, attn_resolutions=args.attention, dropout=args.dropout)
     net = EDMPrecond(dataset.resolution, 3, label_dim, **net_kwargs)
     net = net.to(device, memory_format=torch.channels_last).train()
     ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -878,7 +882,8 @@ def train(argv=None):
 
     # Resume.
     config = {k: v for k, v in vars(args).items() if k in (
-        'dataset', 'batch', 'lr', 'dropout', 'cond', 'channels', 'channel_mult', 'blocks', 'seed', 'precision')}
+        'dataset', 'batch', 'lr', 'rampup_kimg', 'decay', 'dropout', 'cond', 'channels', 'channel_mult', 'blocks',
+        'attention', 'seed', 'precision')}
     total, nimg, resumed = args.kimg * 1000, 0, None
     if state := load_checkpoint(args.out, config):
         nimg = resumed = state['nimg']
@@ -924,12 +929,13 @@ def train(argv=None):
             images = data.mirror(dataset.images(indices[rows]), flips[rows] & preset['xflip'])
             x_0 = data.to_float(images.to(device))
             labels = F.one_hot(dataset.labels(indices[rows]), label_dim).to(device) if label_dim else None
-            with sync_last(i, rounds, ddp), autocast():
-                loss = denoising_loss(ddp, x_0, sigma[rows], eps[rows], labels)
+            with sync_last(i, rounds, ddp):
+                with autocast():
+                    loss = denoising_loss(ddp, x_0, sigma[rows], eps[rows], labels)
                 (loss / len(rounds)).backward()
             means.add(loss=loss)
-        ramp = min((nimg + args.batch) / (preset['rampup_kimg'] * 1000), 1)
-        fall = min((1 - nimg / total) / preset['decay'], 1) if preset['decay'] else 1
+        ramp = min((nimg + args.batch) / max(args.rampup_kimg * 1000, 1), 1)
+        fall = min((1 - nimg / total) / args.decay, 1) if args.decay else 1
         for group in optimizer.param_groups:
             group['lr'] = args.lr * ramp * fall
         optimizer.step()
