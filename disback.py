@@ -199,8 +199,11 @@ def setup():
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; speed comes from bf16
     if not dist.is_initialized():
-        backend = 'nccl' if device.type == 'cuda' else 'gloo'
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))  # rank 0 may be fetching a dataset
+        hour = datetime.timedelta(hours=1)  # rank 0 may be fetching a dataset
+        if device.type == 'cuda':
+            dist.init_process_group('nccl', timeout=hour, device_id=device)
+        else:
+            dist.init_process_group('gloo', timeout=hour)
     return dist.get_rank(), dist.get_world_size(), device
 
 

@@ -637,8 +637,11 @@ def setup():
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; speed comes from bf16
     if not dist.is_initialized():
-        backend = 'nccl' if device.type == 'cuda' else 'gloo'
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))  # rank 0 may be fetching a dataset
+        hour = datetime.timedelta(hours=1)  # rank 0 may be fetching a dataset
+        if device.type == 'cuda':
+            dist.init_process_group('nccl', timeout=hour, device_id=device)
+        else:
+            dist.init_process_group('gloo', timeout=hour)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -961,7 +964,7 @@ def parse_seeds(text):
     ranges = [part.split('-') for part in text.split(',')]
     seeds = [seed for r in ranges for seed in range(int(r[0]), int(r[-1]) + 1)]
     if not seeds:
-        raise ValueError(f'no seed in {text}')
+        raise argparse.ArgumentTypeError(f'no seed in {text}')
     return seeds
 
 
@@ -1050,7 +1053,7 @@ def bench(argv=None):
         memory = torch.cuda.max_memory_allocated() if device == 'cuda' else \
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(f'{name:14s} {args.batch_gpu / seconds:9.1f} images/s  {rate:8.3f} TFLOP/s  {rate / peak:5.1%} of peak  '
-              f'{flops[name] / args.batch_gpu / 1e9:.1f} GFLOP/image  peak memory {memory / 2 ** 30:.2f} GiB')
+              f'{flops[name] / args.batch_gpu / 1e9:.3g} GFLOP/image  peak memory {memory / 2 ** 30:.2f} GiB')
 
 
 def main(argv=None):

@@ -320,7 +320,8 @@ class Ruler:
             features, logits = self.features(images)
             statistics.add(features)
             if start < keep:
-                kept.append((start, images.cpu(), features.cpu(), None if logits is None else logits.cpu()))
+                images = images.cpu() if isinstance(self.dataset, data.Shapes) else None  # only they are read back
+                kept.append((start, images, features.cpu(), None if logits is None else logits.cpu()))
         if keep and world_size > 1:
             everyone = [None] * world_size
             dist.all_gather_object(everyone, kept)

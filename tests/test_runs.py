@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -163,6 +164,26 @@ def test_gan_term_and_dmd_form_run(folder):
     assert {'gan_loss', 'discriminator_loss'} <= set(last)
 
 
+def test_prepared_data_with_classes(folder, tmp_path):
+    """A folder of labelled images, as for CIFAR-10: an own teacher, scores, the GAN term on real images."""
+    rng = np.random.default_rng(0)
+    (tmp_path / 'data').mkdir()
+    np.save(tmp_path / 'data' / 'images.npy', rng.integers(0, 256, [64, 16, 16, 3], dtype=np.uint8))
+    np.save(tmp_path / 'data' / 'labels.npy', rng.integers(0, 3, 64))
+    common = ['--dataset', 'cifar10', '--data', tmp_path / 'data', '--batch', '32', '--kimg', '0.064']
+    done = run(ROOT / 'edm_nets.py', 'train', *common, '--channels', '8', '--channel-mult', '1', '2', '--blocks', '1',
+               '--attention', '8', '--cond', '1', '--rampup-kimg', '0.1', '--out', tmp_path / 'teacher')
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / 'teacher' / 'teacher-000000.pt'
+    assert torch.load(path, weights_only=True)['net_kwargs']['label_dim'] == 3
+    command = [ROOT / 'disback.py', *common, '--teacher', path, '--features', 'pixels', '--eval-images', '20', '--nodes', '1',
+               '--degrade-kimg', '0.032', '--gan-weight', '3e-3', '--out', tmp_path / 'run']
+    done = run(*command)
+    assert done.returncode == 0 and 'pixel-FD' in done.stdout, done.stderr
+    (tmp_path / 'data' / 'images.npy').unlink()
+    assert 'nothing to do' in run(*command).stdout  # a complete run needs neither data nor teacher
+
+
 def test_bad_input_is_one_line(folder, tmp_path):
     common = [ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder)]
     (tmp_path / 'random.pt').write_bytes(b'nothing')
@@ -185,6 +206,7 @@ def test_sample_and_score(folder, tmp_path):
     results = [run(*score, '--batch', batch, processes=p) for batch, p in ((250, 1), (17, 1), (250, 2))]
     values = [float(r.stdout.split('pixel-FD ')[-1].split()[0]) for r in results]
     assert max(values) / min(values) < 1 + 1e-3 and 'cannot be compared' in results[0].stdout
+    assert run(*score[:-1], '20', processes=2).returncode == 0  # fewer images than two ranks' batches
 
 
 def test_compiled_training_is_the_same(folder):
