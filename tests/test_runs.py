@@ -176,7 +176,8 @@ def test_prepared_data_with_classes(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     path = tmp_path / 'teacher' / 'teacher-000000.pt'
     assert torch.load(path, weights_only=True)['net_kwargs']['label_dim'] == 3
-    command = [ROOT / 'disback.py', *common, '--teacher', path, '--features', 'pixels', '--eval-images', '20', '--nodes', '1',
+    command = [ROOT / 'disback.py', *common, '--teacher', path, '--features', 'pixels', '--eval-images', '20',
+               '--nodes', '1',
                '--degrade-kimg', '0.032', '--gan-weight', '3e-3', '--out', tmp_path / 'run']
     done = run(*command)
     assert done.returncode == 0 and 'pixel-FD' in done.stdout, done.stderr
