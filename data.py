@@ -189,7 +189,7 @@ class Shapes:
             [kind[:, None, None] == k for k in range(4)],
             [np.hypot(x, y) - r,
              np.maximum(ax, ay) - 0.85 * r,
-             np.maximum(ax * 0.866 - y * 0.5 - 0.5 * r, y - 0.5 * r - 0.5) + 0 * r,
+             np.maximum(0.866 * ax - 0.5 * y - 0.5 * r, y - 0.5 * r - 0.5),
              np.maximum(np.minimum(ax, ay) - 0.3 * r, np.maximum(ax, ay) - r)])
         return np.clip(0.5 - distance, 0, 1)
 

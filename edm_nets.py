@@ -423,7 +423,7 @@ def load(path_or_url):
         raise FileNotFoundError(f'no network at {path_or_url}')
     try:
         if zipfile.is_zipfile(path):  # torch.save
-            content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+            content = torch.load(path, map_location='cpu', weights_only=True)
             kwargs, state, sigma_init = content['net_kwargs'], content['net'], content['sigma_init']
         else:
             kwargs, state = read_official_pickle(path)
@@ -492,6 +492,7 @@ class OfficialUnpickler(pickle._Unpickler):
             ('dnnlib.util', 'EasyDict'): dict,
             ('torch._utils', '_rebuild_tensor_v2'): self.tensor,
             ('torch._utils', '_rebuild_parameter'): lambda tensor, *_: tensor,
+            ('torch._utils', '_rebuild_parameter_with_state'): lambda tensor, *_: tensor,
             ('torch.storage', '_load_from_bytes'): self.storage,
             ('torch.nn.modules.container', 'ModuleDict'): Recorded,
             ('torch.nn.modules.container', 'ModuleList'): Recorded,
