@@ -104,7 +104,7 @@ def epoch_order(seed, epoch, size):
 def batch_order(seed, nimg, count, size):
     """Images `nimg` ... `nimg + count - 1` of a run over a dataset of `size` images.
 
-    Image number `nimg` of the run is `permutation(seed, epoch)[k]` with `epoch, k = divmod(nimg, size)`.
+    Image number `nimg` of the run is `epoch_order(seed, epoch)[k]` with `epoch, k = divmod(nimg, size)`.
     Returns (indices int64 [count], flips bool [count]): whether to mirror is decided by the same numbers.
     """
     epochs, places = np.divmod(np.arange(nimg, nimg + count), size)

@@ -50,8 +50,9 @@ from edm_nets import atomic_save
 # Settings. The paper's EDM settings (its Appendix B) were not available to us. The rows of real data sets are those of
 # the distillers it builds on: batch, lr, sigma_init and EMA from SiD, the law of sigma and equal rates for both
 # networks from Diff-Instruct. The path has the form of the paper's SDXL script: degradation takes 1 % of the run, a
-# node as much; N = 4 is our choice. `shapes` was measured here: high noise levels keep all colours alive
-# (with Diff-Instruct's law each class ends up in one colour), and the rates fall to zero over the last half.
+# node as much; N = 4 is our choice. `shapes` was measured here, in so short a run that the path takes more of it: high
+# noise levels keep all colours alive (with Diff-Instruct's law each class ends up in one colour), and the rates fall
+# to zero over the last half.
 
 PRESETS = {  # student_sigma and fake_sigma: mean and standard deviation of ln sigma in the two losses
     'shapes':     dict(batch=32,   lr=5e-4, fake_lr=1e-3, fake_updates=2, sigma_init=2.5, student_sigma=(0.1, 1.6),
@@ -149,7 +150,7 @@ def denoising_error(D_x, x_0, sigma):
 def student_loss(x_0, D_fake, D_target, form):
     """Score distillation (Eq. 8) -> scalar, whose gradient with respect to x_0 is that of the paper.
 
-    s_fake - s_target = (D_fake - D_target) / sigma^2. The weight w(sigma), which the paper's released forms leave out,
+    s_fake - s_target = (D_fake - D_target) / sigma^2. Eq. 8 as released leaves the weight w(sigma) open; it
     is sigma^2 in Diff-Instruct (form 'di'); DMD divides also by the target's mean denoising distance ('dmd').
     The value is no measure of progress: only its gradient means something.
     """
@@ -185,7 +186,7 @@ class Discriminator(nn.Module):
         return self.out(F.silu(self.norm(self.conv(h))).mean([2, 3])).squeeze(1)
 
 # ----------------------------------------------------------------------------------------------------
-# Small helpers, the same in every script.
+# Small helpers, the same text in edm_nets.py and in every method script.
 
 
 def setup():
@@ -303,10 +304,13 @@ def load_checkpoint(out, config):
     """
     paths = [f'{out}/latest.pt', f'{out}/previous.pt']
     for path in paths if dist.get_rank() == 0 else []:
+        if not os.path.exists(path):
+            continue
         try:
-            if os.path.exists(path) and zipfile.ZipFile(path).testzip():  # compares the checksum of every tensor
-                raise zipfile.BadZipFile('wrong checksum')
-        except (OSError, zipfile.BadZipFile) as error:
+            with zipfile.ZipFile(path) as file:
+                if file.testzip():  # compares the checksum of every tensor
+                    raise zipfile.BadZipFile('wrong checksum')
+        except Exception as error:  # whatever a damaged file can provoke; reported, and the file is kept
             print(f'{path} is damaged ({error}): set aside as {path}.damaged', flush=True)
             os.replace(path, f'{path}.damaged')
     dist.barrier()  # guards the checkpoints
@@ -365,7 +369,7 @@ def train(args):
     # Resume? `degraded` counts the images of the first stage, `nimg` those shown to the student.
     config = {k: v for k, v in vars(args).items() if k in (
         'dataset', 'teacher', 'batch', 'lr', 'fake_lr', 'fake_updates', 'sigma_init', 'student_sigma', 'fake_sigma',
-        'loss', 'nodes', 'degrade_kimg', 'node_kimg', 'gan_weight', 'seed', 'precision')}
+        'loss', 'data', 'features', 'nodes', 'degrade_kimg', 'node_kimg', 'gan_weight', 'seed', 'precision')}
     config = json.loads(json.dumps(config))  # lists for tuples, as they will be read back
     state, total = load_checkpoint(args.out, config), args.kimg * 1000
     if state and state['nimg'] >= total:
@@ -384,7 +388,8 @@ def train(args):
     if args.eval_images:
         ruler = fid.Ruler(dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
 
-    # Networks. All stay in eval mode: no dropout, as in DMD2. The target's weights are swapped in place.
+    # Networks. All stay in eval mode: no dropout, as in DMD2. The fake score is at first the copy that is degraded,
+    # then node N (without nodes still the teacher). The target's weights are swapped in place.
     student, fake_score, target = (copy.deepcopy(teacher) for _ in range(3))
     student.sigma_init = args.sigma_init
     ema = copy.deepcopy(student)
@@ -412,7 +417,8 @@ def train(args):
     fake_parameters = [p for net in (fake_score, discriminator) if net for p in net.parameters() if p.requires_grad]
     fake_optimizer = adam(fake_parameters, lr=args.fake_lr)
 
-    # The path, and where the run stands.
+    # The path, and where the run stands. `evolving`, the two counts and the length of the log are the whole state: the
+    # random numbers of a step are a function of the counts.
     steps = max(round(args.degrade_kimg * 1000 / args.batch), args.nodes) if args.nodes else 0
     recordings = {step * args.batch: i + 1 for i, step in enumerate(recording_steps(steps, args.nodes))}
     degrade_total, degraded, nimg, node, resumed = steps * args.batch, 0, 0, None, None
@@ -422,13 +428,17 @@ def train(args):
         degraded, nimg, resumed = state['degraded'], state['nimg'], state['degraded'] + state['nimg']
         for name, part in evolving.items():
             part.load_state_dict(state[name])
-        print0(f'resuming {args.out} at {nimg / 1000:g} kimg')
+        print0(f'resuming {args.out} at {nimg / 1000:g} kimg, after {degraded / 1000:g} kimg of degradation')
     elif rank == 0:
         edm_nets.save(f'{args.out}/path-00.pt', teacher, args.dataset, 0)  # node 0 is the untouched teacher
     if rank == 0:
         start_log(args.out, state['log_bytes'] if state else 0, args)
+        if os.path.exists(f'{args.out}/summary.png'):
+            os.remove(f'{args.out}/summary.png')  # of a shorter run
     del state
     dist.barrier()  # guards path-00.pt
+    if args.nodes and (args.nodes - 1) * args.node_kimg >= args.kimg:
+        print0('warning: --kimg ends before the last target, the teacher: give fewer --nodes or a smaller --node-kimg')
 
     draw = functools.partial(draw_noise, args.batch, teacher)  # for the global batch
     means, tick_time, tick_seen = Means(), time.time(), degraded + nimg
@@ -441,18 +451,19 @@ def train(args):
             node = aim
 
         # Status line, snapshot, checkpoint, done?
-        snapshot = done or is_due(seen, args.batch, args.snapshot_kimg)
-        if seen != resumed and (snapshot or is_due(seen, args.batch, args.status_kimg)):
+        count = degraded if degrading else nimg
+        snapshot = done or is_due(count, args.batch, args.snapshot_kimg)
+        if seen != resumed and (snapshot or is_due(count, args.batch, args.status_kimg)):
             generator = data.step_generator(args.seed, seen, 2, device)
             z, labels, sigma, eps = (part[rounds[0]] for part in draw(generator, *args.fake_sigma))
             with torch.no_grad(), autocast():
                 x_0 = edm_nets.one_step(student, z, labels, args.sigma_init)
-                # The mismatch of a model: its denoising error on the student's samples, less the fake score's.
+                # Denoising errors on the student's samples; less the fake score's, a model's is its mismatch.
                 for name, net in dict(fake=fake_score, target=target, teacher=teacher).items():
                     error = denoising_error(net(x_0 + sigma * eps, sigma, labels), x_0, sigma).mean()
                     means.add(**{f'error_{name}': error})
             stats, seconds = dict(node=node, degrade_kimg=degraded / 1000, **means.collect()), time.time() - tick_time
-            if snapshot and ruler and (seen == 0 or not degrading):
+            if snapshot and ruler and (seen == 0 or nimg > 0):
                 stats |= ruler.score(lambda seeds: edm_nets.generate(ema, seeds), args.eval_images)
             log_status(args.out, stats, nimg, total, seconds, seen - tick_seen)
             if snapshot and rank == 0:
@@ -494,8 +505,9 @@ def train(args):
                     loss = loss + args.gan_weight * x_0[0].numel() * gan_loss  # DMD2's other term is a mean over pixels
                     means.add(gan_loss=gan_loss)
                 (loss / len(rounds)).backward()
-                for p in fake_parameters:
-                    p.requires_grad_(True)
+                if discriminator:
+                    for p in fake_parameters:
+                        p.requires_grad_(True)
             means.add(student_loss=loss, difference=(D_fake - D_target).abs().mean())
             samples.append(x_0.detach())
         if not degrading:
@@ -503,7 +515,8 @@ def train(args):
             student_optimizer.zero_grad(set_to_none=True)
             update_ema(ema, student, nimg, args.batch, preset['ema_kimg'])
 
-        # Update the fake score (Eq. 5) on the same samples; while degrading (Eq. 7), on those of the untouched student.
+        # Update the fake score (Eq. 5) on the same samples, further times on fresh ones; while degrading (Eq. 7), on
+        # those of the untouched student.
         for update in range(1 if degrading else args.fake_updates):
             if not samples or update:
                 z, labels, *_ = draw(generator, *args.fake_sigma)
@@ -511,9 +524,9 @@ def train(args):
                     samples = [edm_nets.one_step(student, z[rows], labels[rows], args.sigma_init) for rows in rounds]
             *_, sigma, eps = draw(generator, *args.fake_sigma)
             for i, (rows, x_0) in enumerate(zip(rounds, samples)):
-                with sync_last(i, rounds, ddp_fake, *([ddp_discriminator] if discriminator else [])):
+                with sync_last(i, rounds, ddp_fake, *([ddp_discriminator] if discriminator and not degrading else [])):
                     x_t = x_0 + sigma[rows] * eps[rows]
-                    if not discriminator:
+                    if degrading or not discriminator:  # the path is recorded without a GAN
                         with autocast():
                             D_x = ddp_fake(x_t, sigma[rows], labels[rows])
                         loss = fake_loss = denoising_error(D_x, x_0, sigma[rows]).mean()

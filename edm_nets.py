@@ -398,7 +398,7 @@ def atomic_save(obj, path):
     os.replace(temporary, path)
 
 
-def save(path, net, dataset, nimg, **more):
+def save(path, net, dataset, nimg):
     """Write the slim file for users: weights, constructor arguments, sigma_init; read by `load` or torch.load.
 
     Raises FloatingPointError when a weight is not finite.
@@ -406,7 +406,7 @@ def save(path, net, dataset, nimg, **more):
     if not all(p.isfinite().all() for p in net.parameters()):
         raise FloatingPointError('a weight is not finite: training has diverged; latest.pt is from before')
     atomic_save(dict(net={k: v.cpu() for k, v in net.state_dict().items()}, net_kwargs=net.kwargs,
-                     sigma_init=net.sigma_init, dataset=dataset, kimg=nimg / 1000, **more), path)
+                     sigma_init=net.sigma_init, dataset=dataset, kimg=nimg / 1000), path)
 
 
 def load(path_or_url):
@@ -624,7 +624,7 @@ def generate(net, seeds, num_steps=None, class_idx=None, batch=256, **sampler):
     return torch.cat(images)
 
 # ----------------------------------------------------------------------------------------------------
-# Small helpers, the same in every script.
+# Small helpers, the same text in edm_nets.py and in every method script.
 
 
 def setup():
@@ -742,10 +742,13 @@ def load_checkpoint(out, config):
     """
     paths = [f'{out}/latest.pt', f'{out}/previous.pt']
     for path in paths if dist.get_rank() == 0 else []:
+        if not os.path.exists(path):
+            continue
         try:
-            if os.path.exists(path) and zipfile.ZipFile(path).testzip():  # compares the checksum of every tensor
-                raise zipfile.BadZipFile('wrong checksum')
-        except (OSError, zipfile.BadZipFile) as error:
+            with zipfile.ZipFile(path) as file:
+                if file.testzip():  # compares the checksum of every tensor
+                    raise zipfile.BadZipFile('wrong checksum')
+        except Exception as error:  # whatever a damaged file can provoke; reported, and the file is kept
             print(f'{path} is damaged ({error}): set aside as {path}.damaged', flush=True)
             os.replace(path, f'{path}.damaged')
     dist.barrier()  # guards the checkpoints
@@ -927,7 +930,7 @@ def train(argv=None):
         generator = data.step_generator(args.seed, nimg, 0, device)
         sigma = (P_mean + P_std * torch.randn([args.batch, 1, 1, 1], generator=generator, device=device)).exp()
         eps = torch.randn([args.batch, 3, dataset.resolution, dataset.resolution], generator=generator, device=device)
-        if args.dropout:  # its masks are the one thing that depends on the number of processes
+        if args.dropout:  # its masks are the one thing that depends on the processes and on --batch-gpu
             torch.manual_seed(hash((args.seed, nimg, rank)))
         for i, rows in enumerate(rounds):
             images = data.mirror(dataset.images(indices[rows]), flips[rows] & preset['xflip'])
@@ -953,7 +956,10 @@ def shapes_teacher():
     """The path of the small teacher on `shapes`, trained on the way if it is not there yet. Collective."""
     path = f'runs/teacher-shapes/teacher-{PRESETS["shapes"]["kimg"]:06d}.pt'
     if not os.path.exists(path):
-        train(['--dataset', 'shapes'])
+        try:
+            train(['--dataset', 'shapes'])
+        except ValueError as error:
+            raise ValueError(f'{error}; or name a --teacher') from None
     return path
 
 # ----------------------------------------------------------------------------------------------------
