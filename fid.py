@@ -187,9 +187,8 @@ def inception_v3(path=None):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2): means [d], covariances [d, d], arrays or tensors -> float.
 
-    With S = R R^T the last term is the sum of the singular values of R1^T R2, exact also when covariances are singular,
-    with no root of a product. They are the roots of the eigenvalues of R1^T S2 R1, in half the time where that is
-    well conditioned. Raises ValueError on statistics that do not fit together or are not finite.
+    With S = R R^T the last term is the sum of the singular values of R1^T R2: exact also when covariances are
+    singular, with no root of a product. Raises ValueError on statistics that do not fit together or are not finite.
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a, dtype=torch.float64).cpu() for a in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != (len(mu1), len(mu1)):
@@ -207,9 +206,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
             r = v[:, keep] * w[keep].sqrt()
         return r
 
-    r1 = root(sigma1)
-    w = torch.linalg.eigvalsh(r1.T @ sigma2 @ r1) if r1.shape[1] else torch.zeros(1)
-    trace = w.sqrt().sum() if w[0] > w[-1] * 1e-11 else torch.linalg.svdvals(r1.T @ root(sigma2)).sum()
+    trace = torch.linalg.svdvals(root(sigma1).T @ root(sigma2)).sum()
     return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace)
 
 
