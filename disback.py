@@ -58,7 +58,7 @@ PRESETS = {  # student_sigma and fake_sigma: mean and standard deviation of ln s
     'shapes':     dict(batch=32,   lr=5e-4, fake_lr=1e-3, fake_updates=2, sigma_init=2.5, student_sigma=(0.1, 1.6),
                        fake_sigma=(-0.2, 1.8), ema_kimg=500,  decay=0.5, degrade_kimg=2,    node_kimg=1,
                        kimg=28,      eval_images=2_000,
-                       snapshot_kimg=7, status_kimg=0.7),
+                       snapshot_kimg=14, status_kimg=0.7),
     'cifar10':    dict(batch=256,  lr=1e-5, fake_lr=1e-5, fake_updates=1, sigma_init=2.5, student_sigma=(-1.2, 1.2),
                        fake_sigma=(-1.2, 1.2), ema_kimg=500,  decay=0.0, degrade_kimg=500,  node_kimg=500,
                        kimg=50_000,  eval_images=10_000,
