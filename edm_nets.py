@@ -398,15 +398,15 @@ def atomic_save(obj, path):
     os.replace(temporary, path)
 
 
-def save(path, net, dataset, nimg):
-    """Write the slim file for users: weights, constructor arguments, sigma_init; read by `load` or torch.load.
+def save(path, net, dataset, nimg, **more):
+    """Write the slim file for users: weights, constructor arguments, sigma_init, `more`; read by `load` or torch.load.
 
     Raises FloatingPointError when a weight is not finite.
     """
     if not all(p.isfinite().all() for p in net.parameters()):
         raise FloatingPointError('a weight is not finite: training has diverged; latest.pt is from before')
     atomic_save(dict(net={k: v.cpu() for k, v in net.state_dict().items()}, net_kwargs=net.kwargs,
-                     sigma_init=net.sigma_init, dataset=dataset, kimg=nimg / 1000), path)
+                     sigma_init=net.sigma_init, dataset=dataset, kimg=nimg / 1000, **more), path)
 
 
 def load(path_or_url):
@@ -847,6 +847,8 @@ def parse_train_args(argv):
     p.add_argument('--rampup-kimg', type=float, default=preset['rampup_kimg'], help='of the rate (%(default)s)')
     p.add_argument('--decay', type=float, default=preset['decay'], help='last part of the run, in which the rate '
                    'falls to zero (%(default)s)')
+    p.add_argument('--sigma', type=float, help='train at this one noise level alone: a denoiser that is no diffusion '
+                   'model, for teacher_free.py --init single-level')
     p.add_argument('--seed', type=int, default=0, help='of weights, data order and noise (%(default)s)')
     p.add_argument('--precision', choices=['bf16', 'fp32'], help='default: bf16 on a GPU, fp32 on a CPU')
     p.add_argument('--compile', action='store_true', help='torch.compile the network')
@@ -854,7 +856,9 @@ def parse_train_args(argv):
     p.add_argument('--status-kimg', type=float, default=preset['status_kimg'], help='lines (%(default)s)')
     args = p.parse_args(argv)
     check_positive(p, args, 'kimg batch lr channels blocks snapshot_kimg status_kimg')
-    args.out = args.out or f'runs/teacher-{args.dataset}'
+    if args.sigma is not None:
+        check_positive(p, args, 'sigma')
+    args.out = args.out or f'runs/teacher-{args.dataset}' + (f'-sigma{args.sigma:g}' if args.sigma else '')
     return args
 
 
@@ -879,6 +883,7 @@ def train(argv=None):
                       num_blocks=args.blocks, attn_resolutions=args.attention, dropout=args.dropout)
     net = EDMPrecond(dataset.resolution, 3, label_dim, **net_kwargs)
     net = net.to(device, memory_format=torch.channels_last).train()
+    net.sigma_init = args.sigma  # None: all noise levels, and no one-step sampler
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     if args.compile:
         net.compile()
@@ -890,7 +895,7 @@ def train(argv=None):
     # Resume.
     config = {k: v for k, v in vars(args).items() if k in (
         'dataset', 'batch', 'lr', 'rampup_kimg', 'decay', 'dropout', 'cond', 'channels', 'channel_mult', 'blocks',
-        'attention', 'seed', 'precision')}
+        'attention', 'sigma', 'seed', 'precision')}
     total, nimg, resumed = args.kimg * 1000, 0, None
     if state := load_checkpoint(args.out, config):
         nimg = resumed = state['nimg']
@@ -914,7 +919,7 @@ def train(argv=None):
         if nimg != resumed and (snapshot or is_due(nimg, args.batch, args.status_kimg)):
             log_status(args.out, means.collect(), nimg, total, time.time() - tick_time, nimg - tick_nimg)
             if snapshot and rank == 0:
-                grid = generate(ema, range(64), num_steps=18)
+                grid = generate(ema, range(64), num_steps=None if args.sigma else 18)
                 data.save_grid(grid, f'{args.out}/grid-{nimg // 1000:06d}.png', scale=2)
                 if nimg:
                     save(f'{args.out}/teacher-{nimg // 1000:06d}.pt', ema, args.dataset, nimg)
@@ -929,6 +934,8 @@ def train(argv=None):
         indices, flips = data.batch_order(args.seed, nimg, args.batch, len(dataset))
         generator = data.step_generator(args.seed, nimg, 0, device)
         sigma = (P_mean + P_std * torch.randn([args.batch, 1, 1, 1], generator=generator, device=device)).exp()
+        if args.sigma:
+            sigma = torch.full_like(sigma, args.sigma)
         eps = torch.randn([args.batch, 3, dataset.resolution, dataset.resolution], generator=generator, device=device)
         if args.dropout:  # its masks are the one thing that depends on the processes and on --batch-gpu
             torch.manual_seed(hash((args.seed, nimg, rank)))
@@ -952,12 +959,14 @@ def train(argv=None):
     dist.barrier()  # guards the last files
 
 
-def shapes_teacher():
-    """The path of the small teacher on `shapes`, trained on the way if it is not there yet. Collective."""
-    path = f'runs/teacher-shapes/teacher-{PRESETS["shapes"]["kimg"]:06d}.pt'
+def shapes_teacher(sigma=None):
+    """The path of the small teacher on `shapes` (or of its twin trained at one noise level), trained on the way if it
+    is not there yet. Collective."""
+    out = 'runs/teacher-shapes' + (f'-sigma{sigma:g}' if sigma else '')
+    path = f'{out}/teacher-{PRESETS["shapes"]["kimg"]:06d}.pt'
     if not os.path.exists(path):
         try:
-            train(['--dataset', 'shapes'])
+            train(['--dataset', 'shapes', *(['--sigma', str(sigma)] if sigma else [])])
         except ValueError as error:
             raise ValueError(f'{error}; or name a --teacher') from None
     return path

@@ -13,36 +13,17 @@ import torch
 
 import disback
 import edm_nets
-from conftest import ROOT
+import teacher_free
+from conftest import ENV, ROOT, distance, run, weights
 
-ENV = dict(os.environ, OMP_NUM_THREADS='1')
-TEACHER = ['--kimg', '1', '--batch', '32', '--channels', '8', '--channel-mult', '1', '2', '--status-kimg', '0.25',
-           '--snapshot-kimg', '0.25']
 STUDENT = ['--kimg', '0.64', '--batch', '32', '--nodes', '2', '--degrade-kimg', '0.128', '--node-kimg', '0.1', '--lr',
            '1e-4', '--fake-lr', '1e-4', '--status-kimg', '0.064', '--snapshot-kimg', '0.128', '--eval-images', '0']
 
 
-def run(*command, processes=1, **kwargs):
-    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
-    return subprocess.run([sys.executable, *launcher, *map(str, command)], env=ENV, capture_output=True, text=True,
-                          timeout=200, **kwargs)
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)['net']
-
-
-def distance(a, b):
-    """Relative distance of two sets of weights."""
-    return float(sum((a[k] - b[k]).square().sum() for k in a).sqrt() / sum(a[k].square().sum() for k in a).sqrt())
-
-
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    """A folder with a tiny teacher and one undisturbed run."""
-    folder = tmp_path_factory.mktemp('runs')
-    done = run(ROOT / 'edm_nets.py', 'train', '--dataset', 'shapes', *TEACHER, '--out', folder / 'teacher')
-    assert done.returncode == 0, done.stderr
+def folder(runs):
+    """The folder with a tiny teacher, and one undisturbed run."""
+    folder = runs
     done = run(ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder), '--out', folder / 'plain')
     assert done.returncode == 0, done.stderr
     return folder
@@ -221,6 +202,8 @@ def test_compiled_training_is_the_same(folder):
 
 def test_copies_are_identical():
     """The helpers that every script repeats are the same text everywhere."""
-    for name in ('setup', 'rank_slices', 'sync_last', 'make_autocast', 'print0', 'is_due', 'update_ema', 'Means',
-                 'save_checkpoint', 'load_checkpoint', 'start_log', 'log_status'):
-        assert inspect.getsource(getattr(edm_nets, name)) == inspect.getsource(getattr(disback, name)), name
+    for name in ('setup', 'rank_slices', 'sync_last', 'make_autocast', 'rank0_first', 'check_positive', 'print0',
+                 'is_due', 'update_ema', 'Means', 'save_checkpoint', 'load_checkpoint', 'start_log', 'log_status'):
+        for script in (disback, teacher_free):
+            assert inspect.getsource(getattr(edm_nets, name)) == inspect.getsource(getattr(script, name)), name
+    assert inspect.getsource(disback.read_scores) == inspect.getsource(teacher_free.read_scores)

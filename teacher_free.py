@@ -1,0 +1,726 @@
+"""Teacher-free one-step training: the student follows the gradient of a learned density ratio, at every noise level.
+
+"Towards Training One-Step Diffusion Models Without Distillation" (arXiv:2502.08005 v3), from v4 on "DiffRatio: Training
+One-Step Diffusion Models Without Teacher Supervision", M. Zhang, W. Chen, J. He et al. Real images are needed; the
+teacher's score is never evaluated: the teacher gives its weights, as a start, and is gone.
+
+Score distillation moves a student G by the difference of two learned scores, each with its own error. Here one
+classifier, told the noise level, learns the log density ratio whose gradient is that difference:
+  1. Ratio (N_clf times): on real and generated images with equal noise, balanced cross-entropy on the logit l.
+     At its optimum l(x_t, sigma) = log p_data(x_t) / p_student(x_t).
+  2. Student: with r = e^l, every f-divergence D_f(p_student, p_data) of the noised distributions has the gradient
+     E[ -h(r) grad l(x_t) dx_t/dtheta ], h(r) = r^2 f''(r). `js` is the paper's DiJS, `rkl` its DiKL.
+
+    paper                    here                 paper            here
+    G_theta(z)               student              x_t              x_0 + sigma eps
+    p_d                      data (real)          c = 1/(1+e^-l)   the classifier, label 1: data
+    log r                    log_ratio, l         w(t), p(t)       --weight, --student-sigma
+
+    python teacher_free.py                                             # shapes, minutes on a CPU, nothing downloaded
+    python teacher_free.py --dataset cifar10                           # one GPU, starts from the official EDM weights
+    torchrun --nproc_per_node=8 teacher_free.py --dataset imagenet64   # eight GPUs
+    python teacher_free.py --best-of 1 2 4 8                           # the ratio as a verifier of K candidates
+    python teacher_free.py --sweep init --seeds 0 1 2                  # a table over one flag: init, divergence, ...
+
+Status: measured on shapes and on CIFAR-10 shrunk to 16 pixels (README). The paper's one-step FIDs: not run.
+"""
+
+import argparse
+import contextlib
+import copy
+import datetime
+import functools
+import json
+import os
+import sys
+import time
+import zipfile
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import data
+import edm_nets
+import fid
+from edm_nets import atomic_save
+
+# ----------------------------------------------------------------------------------------------------
+# Settings. The paper's own (its appendix) were not available to us: sigma_init, w, the law of sigma, rates and batches
+# are donors'. Rows of real data sets: batch, lr, sigma_init, EMA and the first 100 kimg without the student from SiD and
+# SiDA; the ratio learns at five times the student's rate (Score-of-Mixture Training: 1e-4 and 5e-4), once per student
+# step; Diff-Instruct's law of sigma, a little wider for the ratio, so that the student never asks where it was not taught.
+# `shapes` was measured here (README).
+
+PRESETS = {  # student_sigma and ratio_sigma: mean and standard deviation of ln sigma in the two losses
+    'shapes':     dict(batch=32,   lr=2e-4, ratio_lr=1e-3, ratio_updates=2, sigma_init=2.5, student_sigma=(-0.4, 1.3),
+                       ratio_sigma=(-0.4, 1.5), ema_kimg=500,  decay=0.5, warmup_kimg=4,    xflip=False,
+                       kimg=60,      eval_images=2_000,
+                       snapshot_kimg=20, status_kimg=1),
+    'cifar10':    dict(batch=256,  lr=1e-5, ratio_lr=5e-5, ratio_updates=1, sigma_init=2.5, student_sigma=(-1.2, 1.2),
+                       ratio_sigma=(-1.2, 1.4), ema_kimg=500,  decay=0.0, warmup_kimg=100,  xflip=True,
+                       kimg=50_000,  eval_images=10_000,
+                       snapshot_kimg=1000, status_kimg=10),
+    'ffhq64':     dict(batch=512,  lr=1e-5, ratio_lr=5e-5, ratio_updates=1, sigma_init=2.5, student_sigma=(-1.2, 1.2),
+                       ratio_sigma=(-1.2, 1.4), ema_kimg=500,  decay=0.0, warmup_kimg=100,  xflip=True,
+                       kimg=50_000,  eval_images=10_000,
+                       snapshot_kimg=1000, status_kimg=10),
+    'afhqv2':     dict(batch=512,  lr=5e-6, ratio_lr=2e-5, ratio_updates=1, sigma_init=2.5, student_sigma=(-1.2, 1.2),
+                       ratio_sigma=(-1.2, 1.4), ema_kimg=500,  decay=0.0, warmup_kimg=100,  xflip=True,
+                       kimg=50_000,  eval_images=10_000,
+                       snapshot_kimg=1000, status_kimg=10),
+    'imagenet64': dict(batch=8192, lr=4e-6, ratio_lr=2e-5, ratio_updates=1, sigma_init=2.5, student_sigma=(-1.2, 1.2),
+                       ratio_sigma=(-1.2, 1.4), ema_kimg=2000, decay=0.0, warmup_kimg=1000, xflip=False,
+                       kimg=200_000, eval_images=10_000,
+                       snapshot_kimg=4000, status_kimg=50),
+}
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False, allow_abbrev=False)
+    p.add_argument('--dataset', choices=PRESETS, default='shapes', help='row of PRESETS (default: %(default)s)')
+    preset = PRESETS[p.parse_known_args(argv)[0].dataset]
+    p.add_argument('-h', '--help', action='help')
+    p.add_argument('--data', help='prepared folder (default: datasets/DATASET)')
+    p.add_argument('--teacher', help='path or URL (default: the official EDM network; for shapes, trained here once)')
+    p.add_argument('--out', help='run folder (default: runs/teacher_free-DATASET)')
+    p.add_argument('--kimg', type=float, default=preset['kimg'], help='thousands of student images (%(default)s)')
+    p.add_argument('--batch', type=int, default=preset['batch'], help='images per step over all GPUs (%(default)s)')
+    p.add_argument('--batch-gpu', type=int, help='images per GPU at a time (default: its whole share)')
+    p.add_argument('--lr', type=float, default=preset['lr'], help='of the student (%(default)s)')
+    p.add_argument('--ratio-lr', type=float, default=preset['ratio_lr'], help='of the ratio network (%(default)s)')
+    p.add_argument('--ratio-updates', type=int, default=preset['ratio_updates'], help='per student step (%(default)s)')
+    p.add_argument('--warmup-kimg', type=float, default=preset['warmup_kimg'],
+                   help='images on which the ratio is trained first, the student at rest (%(default)s)')
+    p.add_argument('--sigma-init', type=float, default=preset['sigma_init'], help='of the one step (%(default)s)')
+    for flag in ('student_sigma', 'ratio_sigma'):
+        p.add_argument('--' + flag.replace('_', '-'), type=float, nargs=2, metavar=('MEAN', 'STD'),
+                       default=preset[flag], help='of ln sigma in its loss (%(default)s)')
+    p.add_argument('--divergence', choices=DIVERGENCES, default='js', help='of student and data (%(default)s)')
+    p.add_argument('--weight', choices=WEIGHTS, default='sigma', help='w(sigma) in the student loss (%(default)s)')
+    p.add_argument('--ratio-net', choices=RATIO_NETS, default='unet', help='(%(default)s)')
+    p.add_argument('--ratio-init', choices=['teacher', 'random'], default='teacher', help='of `unet` (%(default)s)')
+    p.add_argument('--init', choices=INITS, default='teacher', help='of the student (%(default)s)')
+    p.add_argument('--single-level', metavar='PATH', help='network for --init single-level')
+    p.add_argument('--best-of', type=int, nargs='+', metavar='K', default=[],
+                   help='once trained, score samples that are the pick of K candidates')
+    p.add_argument('--verifier', choices=['resample', 'max'], default='resample', help='how to pick (%(default)s)')
+    p.add_argument('--sweep', choices=['init', 'divergence', 'weight', 'ratio_net'],
+                   help='train with every value of this flag and every seed of --seeds; prints a table')
+    p.add_argument('--seeds', type=int, nargs='+', default=[0], help='for --sweep (%(default)s)')
+    p.add_argument('--seed', type=int, default=0, help='of all random numbers (%(default)s)')
+    p.add_argument('--precision', choices=['bf16', 'fp32'], help='default: bf16 on a GPU, fp32 on a CPU')
+    p.add_argument('--compile', action='store_true', help='torch.compile the networks')
+    p.add_argument('--snapshot-kimg', type=float, default=preset['snapshot_kimg'], help='files, scores (%(default)s)')
+    p.add_argument('--status-kimg', type=float, default=preset['status_kimg'], help='status lines (%(default)s)')
+    p.add_argument('--eval-images', type=int, default=preset['eval_images'], help='per scoring; 0: none (%(default)s)')
+    p.add_argument('--features', choices=['inception', 'pixels'], help='default: pixels for shapes, else inception')
+    args = p.parse_args(argv)
+    check_positive(p, args, 'kimg batch lr ratio_lr ratio_updates sigma_init snapshot_kimg status_kimg')
+    if args.warmup_kimg < 0 or args.eval_images < 0 or 0 < args.eval_images < 10:
+        p.error('--warmup-kimg must not be negative, --eval-images 0 or at least 10')
+    if min(args.best_of, default=1) < 1 or (args.best_of or args.sweep) and not args.eval_images:
+        p.error('--best-of and --sweep need positive numbers and --eval-images')
+    if 'single-level' in (args.init, args.sweep == 'init' and 'single-level') and args.dataset != 'shapes' \
+            and not args.single_level:
+        p.error(f'--init single-level: train the network with `python edm_nets.py train --dataset {args.dataset} '
+                f'--sigma {args.sigma_init:g}`, then give it as --single-level PATH')
+    if args.dataset == 'shapes' and args.data:
+        p.error('--data: shapes is drawn on the fly; name the --dataset that the folder stands for')
+    args.features = args.features or ('pixels' if args.dataset == 'shapes' else 'inception')
+    args.out = args.out or f'runs/teacher_free-{args.dataset}'
+    return args
+
+# ----------------------------------------------------------------------------------------------------
+# The method. Images and noise are float32 [N, C, H, W], sigma is [N, 1, 1, 1], l is [N], x_t = x_0 + sigma eps.
+
+LOGIT_CLAMP = 10  # of l inside h(r), which grows like r for three of the divergences; SiDA clamps its logits alike
+VERIFIER_SIGMAS = [0.1, 0.2, 0.4]  # small noise, where l still can tell single images apart; measured on shapes
+WEIGHTS = {'1': 0, 'sigma': 1, 'sigma2': 2}  # w(sigma) = sigma^power; sigma2 is Diff-Instruct's weight
+DIVERGENCES = {  # h as a function of l = log r, from the paper's family [its section 3] by h(r) = r^2 f''(r)
+    'js':        lambda l: torch.sigmoid(l) / 2,           # Jensen-Shannon, "DiJS": the saturating GAN loss
+    'rkl':       lambda l: torch.ones_like(l),             # KL(p_student || p_data), "DiKL": Diff-Instruct's divergence
+    'fkl':       lambda l: l.exp(),                        # KL(p_data || p_student)
+    'hellinger': lambda l: (l / 2).exp() / 4,              # squared Hellinger distance, (1/2) int (sqrt p - sqrt q)^2
+    'jeffreys':  lambda l: 1 + l.exp(),                    # KL + KL
+    'ns':        lambda l: torch.sigmoid(-l),              # 2 KL(mean of both || p_data): the non-saturating GAN loss
+}
+INITS, RATIO_NETS = ['teacher', 'random', 'single-level', 'features'], ['unet', 'lightweight']
+
+
+def draw_noise(n, net, generator, P_mean, P_std):
+    """The random numbers of `n` images: latents z, noise levels with ln sigma ~ N(P_mean, P_std^2), noise eps.
+
+    z and eps float32 [n, C, R, R] standard normal, sigma float32 [n, 1, 1, 1].
+    """
+    kwargs = dict(generator=generator, device=generator.device)
+    z = torch.randn([n, net.img_channels, net.img_resolution, net.img_resolution], **kwargs)
+    sigma = (P_mean + P_std * torch.randn([n, 1, 1, 1], **kwargs)).exp()
+    return z, sigma, torch.randn(z.shape, **kwargs)
+
+
+def ratio_loss(real_log_ratio, fake_log_ratio):
+    """Balanced binary cross-entropy on the logit l = log p_data / p_student -> scalar.
+
+    2 ln 2 where data and student cannot be told apart; at the optimum 2 ln 2 - 2 JS, JS in nats averaged over sigma.
+    """
+    return F.softplus(-real_log_ratio).mean() + F.softplus(fake_log_ratio).mean()
+
+
+def student_loss(log_ratio, sigma, divergence, weight):
+    """-w(sigma) h(r) l on the student's noised samples -> scalar; only its gradient, through l alone, has a meaning.
+
+    That gradient is -w h(r) grad l dx_t/dtheta: of D_f(p_student || p_data) at each sigma, if l is exact.
+    """
+    h = DIVERGENCES[divergence](log_ratio.detach().clamp(-LOGIT_CLAMP, LOGIT_CLAMP))
+    return -(sigma.flatten() ** WEIGHTS[weight] * h * log_ratio).mean()
+
+
+class RatioNet(nn.Module):
+    """The log ratio l(x_t, sigma, labels): the encoder half of the EDM U-Net, preconditioned alike, and a small head.
+
+    The head looks at the last activation of every resolution, as FastGen's discriminators do; DMD2's, on the deepest
+    alone, was measured worse on shapes. Takes the arguments of EDMPrecond; `kwargs` holds them.
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim, model_type, sigma_data=0.5, **model_kwargs):
+        super().__init__()
+        self.kwargs = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim,
+                           model_type=model_type, sigma_data=sigma_data, **model_kwargs)
+        self.label_dim, self.sigma_data = label_dim, sigma_data
+        unet = dict(SongUNet=edm_nets.SongUNet, DhariwalUNet=edm_nets.DhariwalUNet)[model_type]
+        self.model = unet(img_resolution, img_channels, img_channels, label_dim, **model_kwargs)
+        for name in ('dec', 'out_norm', 'out_conv'):
+            if hasattr(self.model, name):
+                delattr(self.model, name)
+        self.heads, total = nn.ModuleList(), 0
+        with torch.no_grad():
+            x, labels = torch.zeros([1, img_channels, img_resolution, img_resolution]), torch.zeros([1, label_dim])
+            channels = [h.shape[1] for h in self.features(x, torch.ones([1, 1, 1, 1]), labels)]
+        for c in channels:
+            w = max(c // 4, 32)
+            total += w * 4
+            self.heads.append(nn.Sequential(
+                nn.Conv2d(c, w, 4, stride=2, padding=1), nn.GroupNorm(8, w), nn.SiLU(),
+                nn.Conv2d(w, w, 3, padding=1), nn.GroupNorm(8, w), nn.SiLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()))
+        self.out = nn.Linear(total, 1)
+        nn.init.zeros_(self.out.weight)  # at first l = 0: nothing is known
+        nn.init.zeros_(self.out.bias)
+
+    def features(self, x_t, sigma, class_labels):
+        """The last activation of every resolution, fine to coarse: [N, C, R, R], [N, C', R/2, R/2], ..."""
+        c_in = 1 / (self.sigma_data ** 2 + sigma ** 2).sqrt()
+        labels = class_labels.to(torch.float32) if self.label_dim else None
+        skips, _ = self.model.encode(c_in * x_t, sigma.flatten().log() / 4, labels)
+        return list({h.shape[-1]: h for h in skips}.values())
+
+    def forward(self, x_t, sigma, class_labels=None):
+        """x_t [N, C, R, R], sigma [N, 1, 1, 1], one-hot class_labels [N, label_dim] -> l float32 [N]."""
+        features = self.features(x_t, sigma, class_labels)
+        h = torch.cat([head(feature) for head, feature in zip(self.heads, features)], dim=1)
+        return self.out(h).squeeze(1).to(torch.float32)
+
+
+def make_ratio_net(teacher, kind, init):
+    """The ratio network to start with, of three kinds in two flags.
+
+    kind 'unet': the teacher's encoder, with its weights if init is 'teacher', else random. 'lightweight': a small
+    noise-conditional CNN, half as wide, one block per level, no attention, from random weights in any case.
+    """
+    kwargs = {k: v for k, v in teacher.kwargs.items() if k not in ('sigma_min', 'sigma_max')}
+    kwargs |= dict(dropout=0, augment_dim=0)
+    if kind == 'lightweight':
+        kwargs |= dict(model_channels=kwargs['model_channels'] // 2, num_blocks=1, attn_resolutions=[])
+    ratio_net = RatioNet(**kwargs)
+    if kind == 'unet' and init == 'teacher':
+        own = ratio_net.model.state_dict()
+        ratio_net.model.load_state_dict({k: v for k, v in teacher.model.state_dict().items() if k in own})
+    return ratio_net
+
+
+def load_ratio_net(path):
+    """The ratio network in a student file, frozen, on the CPU. Raises ValueError when the file holds none."""
+    content = torch.load(path, map_location='cpu', weights_only=True)
+    if 'ratio_net' not in content:
+        raise ValueError(f'{path} holds no ratio network')
+    ratio_net = RatioNet(**content['ratio_net_kwargs'])
+    ratio_net.load_state_dict(content['ratio_net'])
+    return ratio_net.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def best_of(student, ratio_net, seeds, K, verifier, batch=256):
+    """The ratio as a verifier (v5): of K one-step samples per seed, made in parallel, keep one.
+
+    l at small noise is the log importance weight of a sample. 'resample' picks candidate k with probability
+    softmax(l)_k, importance resampling, which moves p_student towards p_data; 'max' picks the largest l. Candidate 0 is
+    the image of `edm_nets.generate`. Returns uint8 [N, C, R, R] on the CPU.
+    """
+    device, images = next(student.parameters()).device, []
+    shape = [student.img_channels, student.img_resolution, student.img_resolution]
+    for part in torch.as_tensor(list(seeds)).split(max(batch // K, 1)):
+        rng, labels = edm_nets.ImageSeeds(part.tolist(), device), None
+        z = rng.randn([1, *shape])
+        if student.label_dim:
+            labels = F.one_hot(rng.randint(student.label_dim), student.label_dim).repeat_interleave(K, 0)
+        z = torch.cat([z, rng.randn([K - 1, *shape])], 1).flatten(0, 1)  # [n * K, C, R, R], candidates side by side
+        x_0 = edm_nets.one_step(student, z, labels, student.sigma_init)
+        log_ratio = 0
+        for sigma in VERIFIER_SIGMAS:
+            sigma = torch.full([len(x_0), 1, 1, 1], sigma, device=device)
+            eps = rng.randn([K, *shape]).flatten(0, 1)
+            log_ratio = log_ratio + ratio_net(x_0 + sigma * eps, sigma, labels) / len(VERIFIER_SIGMAS)
+        log_ratio = log_ratio.reshape(-1, K)
+        if verifier == 'resample':  # argmax(l + Gumbel noise) is a draw from softmax(l); ndtr makes normals uniform
+            uniform = torch.special.ndtr(rng.randn([K])).clamp(1e-6, 1 - 1e-6)
+            log_ratio = log_ratio - (-uniform.log()).log()
+        chosen = x_0.reshape(-1, K, *shape)[torch.arange(len(part), device=device), log_ratio.argmax(1)]
+        images.append(data.to_uint8(chosen).cpu())
+    return torch.cat(images)
+
+# ----------------------------------------------------------------------------------------------------
+# Small helpers, the same text in edm_nets.py and in every method script.
+
+
+def setup():
+    """Join torchrun's process group, or be a world of one. Returns (rank, world_size, device)."""
+    if 'RANK' not in os.environ:
+        os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='localhost', MASTER_PORT='0')
+    device = torch.device('cpu')
+    if torch.cuda.is_available():
+        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; speed comes from bf16
+    if not dist.is_initialized():
+        hour = datetime.timedelta(hours=1)  # rank 0 may be fetching a dataset
+        if device.type == 'cuda':
+            dist.init_process_group('nccl', timeout=hour, device_id=device)
+        else:
+            dist.init_process_group('gloo', timeout=hour)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def rank_slices(batch, batch_gpu):
+    """This rank's rows of the global batch: one slice for each round of gradient accumulation."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    share = batch // world_size
+    size = batch_gpu or share
+    if batch < 1 or batch % world_size or size < 1 or share % size:
+        raise ValueError(f'--batch {batch} is not a multiple of {world_size} process(es) x --batch-gpu {size}')
+    return [slice(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
+
+
+def sync_last(i, rounds, *ddps):
+    """Context of round `i` of gradient accumulation: ranks average their gradients in the last round only."""
+    stack = contextlib.ExitStack()
+    for ddp in ddps if i < len(rounds) - 1 else []:
+        stack.enter_context(ddp.no_sync())
+    return stack
+
+
+def make_autocast(precision, device):
+    """A context for the networks: bf16 autocast (no gradient scaling needed), or nothing for fp32."""
+    return functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == 'bf16')
+
+
+def rank0_first(function, *args):
+    """function(*args) on rank 0, then on the others, which find in place what it fetched or prepared."""
+    if dist.get_rank() > 0:
+        dist.barrier()
+    result = function(*args)
+    if dist.get_rank() == 0:
+        dist.barrier()
+    return result
+
+
+def check_positive(parser, args, names):
+    """Exit with a usage error unless each of the named arguments is positive."""
+    for name in names.split():
+        if not getattr(args, name) > 0:
+            parser.error(f'--{name.replace("_", "-")} must be positive')
+
+
+def print0(*args):
+    """Print from rank 0 only, at once."""
+    if dist.get_rank() == 0:
+        print(*args, flush=True)
+
+
+def is_due(nimg, batch, kimg):
+    """Whether a step of `batch` images that ended at `nimg` crossed a multiple of `kimg`. True at nimg = 0."""
+    return nimg // (kimg * 1000) != (nimg - batch) // (kimg * 1000)
+
+
+def update_ema(ema, net, nimg, batch, ema_kimg):
+    """EDM's moving average: half-life `ema_kimg`, or 5 % of the images seen so far if that is less."""
+    beta = 0.5 ** (batch / max(min(ema_kimg * 1000, nimg * 0.05), 1e-8))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
+
+
+class Means:
+    """Means of named scalars since the last status line; tensors until then, so that no step waits for the device."""
+
+    def __init__(self):
+        self.sums, self.counts = {}, {}
+
+    def add(self, **scalars):
+        for name, value in scalars.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def collect(self):
+        """Averages over steps and ranks: {name: float}. Raises FloatingPointError naming what is not finite."""
+        means = {}
+        for name, total in self.sums.items():
+            dist.all_reduce(total)
+            means[name] = float(total) / self.counts[name] / dist.get_world_size()
+            if not np.isfinite(means[name]):
+                raise FloatingPointError(f'{name} is {means[name]}: training has diverged; latest.pt is from before')
+        self.__init__()
+        return means
+
+
+def save_checkpoint(out, state):
+    """Write latest.pt, keeping the one before it as previous.pt. Whenever killed, one of them is whole."""
+    atomic_save(state, f'{out}/next.pt')
+    if os.path.exists(f'{out}/latest.pt'):
+        os.replace(f'{out}/latest.pt', f'{out}/previous.pt')
+    os.replace(f'{out}/next.pt', f'{out}/latest.pt')
+
+
+def load_checkpoint(out, config):
+    """The newest whole checkpoint of this run, or None. A damaged one is reported and set aside.
+
+    Raises ValueError with the differences when the folder holds a run of another config.
+    """
+    paths = [f'{out}/latest.pt', f'{out}/previous.pt']
+    for path in paths if dist.get_rank() == 0 else []:
+        if not os.path.exists(path):
+            continue
+        try:
+            with zipfile.ZipFile(path) as file:
+                if file.testzip():  # compares the checksum of every tensor
+                    raise zipfile.BadZipFile('wrong checksum')
+        except Exception as error:  # whatever a damaged file can provoke; reported, and the file is kept
+            print(f'{path} is damaged ({error}): set aside as {path}.damaged', flush=True)
+            os.replace(path, f'{path}.damaged')
+    dist.barrier()  # guards the checkpoints
+    for path in filter(os.path.exists, paths):
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        old, new = state['config'], config
+        changed = [f'{k}: {old.get(k)} -> {new.get(k)}' for k in sorted(old | new) if old.get(k) != new.get(k)]
+        if changed:
+            raise ValueError(f'{out} holds another run ({", ".join(changed)}): give another --out')
+        return state
+    if any(os.path.exists(f'{path}.damaged') for path in paths):
+        raise ValueError(f'no whole checkpoint is left in {out}: delete the folder to start over')
+    return None
+
+
+def start_log(out, log_bytes, args):
+    """Write config.json, and cut stats.jsonl back to the checkpoint: what came later is about to be done again."""
+    versions = dict(torch=torch.__version__, numpy=np.__version__, world_size=dist.get_world_size(),
+                    device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')
+    with open(f'{out}/config.json', 'w') as f:
+        json.dump(dict(vars(args), versions=versions, command=sys.argv), f, indent=1)
+    with open(f'{out}/stats.jsonl', 'ab') as f:
+        f.truncate(min(log_bytes, f.tell()))
+
+
+def log_status(out, stats, nimg, total, seconds, images):
+    """One line to the terminal and one object to stats.jsonl. `seconds` for the last `images`."""
+    speed = seconds / images if images else 0
+    stats = dict(kimg=nimg / 1000, sec_per_kimg=round(speed * 1000, 4), **stats)
+    left = speed * max(total - nimg, 0)
+    print0(f'kimg {nimg / 1000:<9.2f} {min(nimg / total, 1):4.0%}  ' + '  '.join(
+        f'{k} {v:<.5g}' for k, v in stats.items() if k != 'kimg') + f'  left {left / 60:.1f} min')
+    if dist.get_rank() == 0:
+        with open(f'{out}/stats.jsonl', 'a') as f:
+            f.write(json.dumps(stats) + '\n')
+
+
+def initial_student(args, teacher):
+    """The student before training, by --init: the paper's study of what the teacher's weights are good for."""
+    if args.init == 'single-level':  # features of one noise level only
+        return edm_nets.load(args.single_level)
+    student = edm_nets.EDMPrecond(**teacher.kwargs).eval()
+    own = student.state_dict() if args.init == 'random' else teacher.state_dict()
+    if args.init == 'features':  # of all noise levels, but with a fresh output layer: no map from latents to images
+        own |= {k: v for k, v in student.state_dict().items() if '_aux_norm' in k or '_aux_conv' in k or '.out_' in k}
+    student.load_state_dict(own)
+    return student
+
+
+def train(args):
+    """Both stages, from wherever the run folder stands to --kimg. Returns False if there was nothing left to do."""
+    preset = PRESETS[args.dataset]
+
+    # Initialize. Every random number of the training comes from data.step_generator.
+    rank, world_size, device = setup()
+    rounds = rank_slices(args.batch, args.batch_gpu)
+    args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
+    autocast = make_autocast(args.precision, device)
+    os.makedirs(args.out, exist_ok=True)
+    if args.teacher is None:
+        args.teacher = edm_nets.shapes_teacher() if args.dataset == 'shapes' else edm_nets.TEACHERS[args.dataset]
+    if args.init == 'single-level' and args.single_level is None:
+        args.single_level = edm_nets.shapes_teacher(args.sigma_init)
+
+    # Resume? `warmed` counts the images of the first stage, `nimg` those shown to the student.
+    config = {k: v for k, v in vars(args).items() if k in (
+        'dataset', 'data', 'teacher', 'batch', 'lr', 'ratio_lr', 'ratio_updates', 'warmup_kimg', 'sigma_init',
+        'student_sigma', 'ratio_sigma', 'divergence', 'weight', 'ratio_net', 'ratio_init', 'init', 'single_level',
+        'features', 'seed', 'precision')}
+    config = json.loads(json.dumps(config))  # lists for tuples, as they will be read back
+    state, total = load_checkpoint(args.out, config), args.kimg * 1000
+    if state and state['nimg'] >= total:
+        print0(f'{args.out} is complete at {state["nimg"] / 1000:g} kimg, nothing to do')
+        return False
+
+    # Data.
+    dataset = rank0_first(data.open_dataset, args.dataset, args.data)
+    teacher = rank0_first(edm_nets.load, args.teacher)
+    if dataset.resolution != teacher.img_resolution:
+        raise ValueError(f'{args.teacher} makes images of {teacher.img_resolution} px, not {dataset.resolution}')
+    if teacher.label_dim and not 0 < dataset.label_dim <= teacher.label_dim:
+        raise ValueError(f'{args.teacher} knows {teacher.label_dim} classes, the data has {dataset.label_dim}')
+    ruler = args.eval_images and fid.Ruler(
+        dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
+
+    # Networks. All stay in eval mode: no dropout. The teacher gives its weights and goes.
+    torch.manual_seed(args.seed)
+    student = initial_student(args, teacher).to(device, memory_format=torch.channels_last)
+    student.sigma_init = args.sigma_init
+    ema = copy.deepcopy(student).requires_grad_(False)
+    ratio_net = make_ratio_net(teacher, args.ratio_net, args.ratio_init).to(device, memory_format=torch.channels_last)
+    ratio_net.eval()
+    classes = teacher.label_dim
+    size = sum(p.numel() for p in teacher.parameters())
+    del teacher
+    student.requires_grad_(True)
+    if student.model.map_augment is not None:
+        student.model.map_augment.requires_grad_(False)  # no augmentation here: its gradient would be zero
+    if args.compile:
+        student.compile()
+        ratio_net.compile()
+    wrap = functools.partial(DDP, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
+    ddp_student, ddp_ratio = wrap(student), wrap(ratio_net)
+    print0(f'teacher-free: {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters in the student, '
+           f'{sum(p.numel() for p in ratio_net.parameters()) / 1e6:.2f} M in the ratio network '
+           f'(score distillation: three times {size / 1e6:.2f} M); {world_size} process(es), {device}')
+
+    # Optimizers.
+    adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), fused=True)  # Diff-Instruct and SiD
+    student_optimizer = adam(student.parameters(), lr=args.lr)
+    ratio_optimizer = adam(ratio_net.parameters(), lr=args.ratio_lr)
+
+    # Where the run stands. `evolving`, the two counts and the length of the log are the whole state: the random
+    # numbers of a step are a function of the counts.
+    warmup_total = round(args.warmup_kimg * 1000 / args.batch) * args.batch
+    warmed, nimg, resumed = 0, 0, None
+    evolving = dict(student=student, ema=ema, ratio_net=ratio_net, student_optimizer=student_optimizer,
+                    ratio_optimizer=ratio_optimizer)
+    if state:
+        warmed, nimg, resumed = state['warmed'], state['nimg'], state['warmed'] + state['nimg']
+        for name, part in evolving.items():
+            part.load_state_dict(state[name])
+        print0(f'resuming {args.out} at {nimg / 1000:g} kimg, after {warmed / 1000:g} kimg of warm-up')
+    if rank == 0:
+        start_log(args.out, state['log_bytes'] if state else 0, args)
+        if os.path.exists(f'{args.out}/summary.png'):
+            os.remove(f'{args.out}/summary.png')  # of a shorter run
+    del state
+    dist.barrier()  # guards the checkpoint: nobody writes before all have read
+
+    draw = functools.partial(draw_noise, args.batch, student)  # for the global batch
+    no_labels = torch.zeros([args.batch, 1], device=device)  # ignored by unconditional networks
+    means, tick_time, tick_seen = Means(), time.time(), warmed + nimg
+    while True:
+        # Status line, snapshot, checkpoint, done?
+        seen, warming, done = warmed + nimg, warmed < warmup_total, nimg >= total
+        count = warmed if warming else nimg
+        snapshot = done or is_due(count, args.batch, args.snapshot_kimg)
+        if seen != resumed and (snapshot or is_due(count, args.batch, args.status_kimg)):
+            stats, seconds = dict(warmup_kimg=warmed / 1000, **means.collect()), time.time() - tick_time
+            if snapshot and ruler and (seen == 0 or nimg > 0):
+                stats |= ruler.score(lambda seeds: edm_nets.generate(ema, seeds), args.eval_images)
+            log_status(args.out, stats, nimg, total, seconds, seen - tick_seen)
+            if snapshot and rank == 0:
+                data.save_grid(edm_nets.generate(ema, range(64)), f'{args.out}/grid-{nimg // 1000:06d}.png', scale=2)
+                if nimg:
+                    edm_nets.save(f'{args.out}/student-{nimg // 1000:06d}.pt', ema, args.dataset, nimg,
+                                  ratio_net=ratio_net.state_dict(), ratio_net_kwargs=ratio_net.kwargs)
+                save_checkpoint(args.out, dict(
+                    {name: part.state_dict() for name, part in evolving.items()}, config=config, warmed=warmed,
+                    nimg=nimg, log_bytes=os.path.getsize(f'{args.out}/stats.jsonl')))
+            tick_time, tick_seen = time.time(), seen
+        if done:
+            break
+
+        # Random numbers and real images of this step, for the global batch; this rank takes its rows. A generated
+        # image has the label of the real one beside it: p(label) cancels in the ratio.
+        generator = data.step_generator(args.seed, warmed if warming else nimg, int(warming), device)
+        z, sigma, eps = draw(generator, *args.student_sigma)
+        order = [data.batch_order(args.seed, seen * args.ratio_updates + update * args.batch, args.batch, len(dataset))
+                 for update in range(args.ratio_updates)]  # (indices, flips) of each update
+        labels = [F.one_hot(dataset.labels(indices), classes).to(device) if classes else no_labels
+                  for indices, _ in order]
+        samples = []  # x_0 of each round
+        fall = min((1 - nimg / total) / preset['decay'], 1) if preset['decay'] else 1
+        for optimizer, lr in ((student_optimizer, args.lr), (ratio_optimizer, args.ratio_lr)):
+            for group in optimizer.param_groups:
+                group['lr'] = lr * fall
+
+        # Update the student: up the gradient of the log ratio.
+        ratio_net.requires_grad_(False)  # the gradient passes through to x_t
+        for i, rows in enumerate(rounds if not warming else []):
+            with sync_last(i, rounds, ddp_student):
+                with autocast():
+                    x_0 = edm_nets.one_step(ddp_student, z[rows], labels[0][rows], args.sigma_init)
+                    log_ratio = ratio_net(x_0 + sigma[rows] * eps[rows], sigma[rows], labels[0][rows])
+                loss = student_loss(log_ratio, sigma[rows], args.divergence, args.weight)
+                (loss / len(rounds)).backward()
+            means.add(student_loss=loss)
+            samples.append(x_0.detach())
+        ratio_net.requires_grad_(True)
+        if not warming:
+            student_optimizer.step()
+            student_optimizer.zero_grad(set_to_none=True)
+            update_ema(ema, student, nimg, args.batch, preset['ema_kimg'])
+
+        # Update the ratio on the same samples, further times on fresh ones; real images get the same noise.
+        for (indices, flips), y in zip(order, labels):
+            if not samples:
+                z, _, _ = draw(generator, *args.ratio_sigma)
+                with torch.no_grad(), autocast():
+                    samples = [edm_nets.one_step(student, z[rows], y[rows], args.sigma_init) for rows in rounds]
+            _, sigma, eps = draw(generator, *args.ratio_sigma)
+            for i, (rows, x_0) in enumerate(zip(rounds, samples)):
+                images = data.mirror(dataset.images(indices[rows]), flips[rows] & preset['xflip'])
+                real = data.to_float(images.to(device))
+                with sync_last(i, rounds, ddp_ratio):
+                    x_t = torch.cat([real, x_0]) + (sigma[rows] * eps[rows]).repeat(2, 1, 1, 1)
+                    with autocast():
+                        log_ratio = ddp_ratio(x_t, sigma[rows].repeat(2, 1, 1, 1), y[rows].repeat(2, 1))
+                    real_log_ratio, fake_log_ratio = log_ratio.chunk(2)
+                    loss = ratio_loss(real_log_ratio, fake_log_ratio)
+                    (loss / len(rounds)).backward()
+                means.add(ratio_loss=loss, log_ratio_real=real_log_ratio.mean(), log_ratio_fake=fake_log_ratio.mean())
+            ratio_optimizer.step()
+            ratio_optimizer.zero_grad(set_to_none=True)
+            samples = []
+
+        # Count.
+        if warming:
+            warmed += args.batch
+        else:
+            nimg += args.batch
+    dist.barrier()  # guards the last files
+    return True
+
+
+def read_scores(out):
+    """The first and the last line with scores of a run: (student before, student after)."""
+    with open(f'{out}/stats.jsonl') as f:
+        lines = [stats for stats in map(json.loads, f) if 'images' in stats]
+    if not lines:
+        raise ValueError(f'{out} was run without scores: repeat it with another --out, or with --eval-images 0')
+    return lines[0], lines[-1]
+
+
+SCORES = ['FID', 'pixel-FD', 'precision', 'recall', 'IS', 'valid', 'coverage', 'tv']
+
+
+def table(columns, rows):
+    """{name: {column: number or text}} -> lines of text."""
+    lines = [f'{"":24s}' + ''.join(f'{c:>14s}' for c in columns)]
+    for name, row in rows.items():
+        cells = [row[c] if isinstance(row[c], str) else f'{row[c]:.3f}' for c in columns]
+        lines.append(f'{name:24s}' + ''.join(f'{cell:>14s}' for cell in cells))
+    return lines
+
+
+def summarize(args):
+    """summary.png (data, teacher, student before and after) and, with scores, a table, also in summary.txt."""
+    _, _, device = setup()
+    teacher = edm_nets.load(args.teacher).to(device)
+    torch.manual_seed(args.seed)
+    before = initial_student(args, teacher).to(device)
+    before.sigma_init = args.sigma_init
+    after = edm_nets.load(edm_nets.newest(args.out, 'student')).to(device)
+    dataset, rows, lines, seeds = data.Shapes(), {}, [], np.arange(36)
+    if args.eval_images:
+        ruler = fid.Ruler(dataset, args.features, device)
+        # Two draws of data differ too: the first row is the least that so few images can reach.
+        rows['data, other images'] = ruler.score(data.Shapes(args.eval_images, seed=1).images, args.eval_images)
+        rows['teacher, 18 steps'] = ruler.score(lambda i: edm_nets.generate(teacher, i, 18), args.eval_images)
+        rows['student before'], rows['student after'] = read_scores(args.out)
+        lines = table([c for c in SCORES if c in rows['student after']], rows)
+    if dist.get_rank() == 0:
+        with open(f'{args.out}/summary.txt', 'w') as f:
+            f.write('\n'.join(lines) + '\n')
+        data.save_panels({
+            'data': dataset.images(seeds), 'teacher, 18 steps': edm_nets.generate(teacher, seeds, 18),
+            'student before, 1 step': edm_nets.generate(before, seeds),
+            'student after, 1 step': edm_nets.generate(after, seeds)}, f'{args.out}/summary.png', columns=18, scale=3)
+        print('\n'.join([*lines, f'{args.out}/summary.png: data, teacher, student before, student after']), flush=True)
+
+
+def verify(args):
+    """Score the finished student with K candidates per image, for every K of --best-of and both ways to choose."""
+    _, _, device = setup()
+    path = edm_nets.newest(args.out, 'student')
+    student, ratio_net = edm_nets.load(path).to(device), load_ratio_net(path).to(device)
+    dataset = rank0_first(data.open_dataset, args.dataset, args.data)
+    ruler = fid.Ruler(dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
+    rows = {}
+    for K in args.best_of:
+        images = functools.partial(best_of, student, ratio_net, K=K, verifier=args.verifier)
+        rows[f'{args.verifier}, K = {K}'] = ruler.score(images, args.eval_images)
+        if dist.get_rank() == 0:
+            data.save_grid(images(range(64)), f'{args.out}/best-of-{K}-{args.verifier}.png', scale=2)
+    print0('\n'.join(table([c for c in SCORES if c in rows[f'{args.verifier}, K = {K}']], rows)))
+
+
+def sweep(args):
+    """Train with every value of one flag and every seed of --seeds, each in its own folder; scores, mean +- spread."""
+    values = dict(init=INITS, divergence=DIVERGENCES, weight=WEIGHTS, ratio_net=RATIO_NETS)[args.sweep]
+    rows = {}
+    for value in values:
+        runs = []
+        for seed in args.seeds:
+            out = f'{args.out}-{args.sweep}-{value}-seed{seed}'
+            run = argparse.Namespace(**dict(vars(args), seed=seed, out=out))
+            setattr(run, args.sweep, value)
+            train(run)
+            runs.append(read_scores(out)[1])
+        names = [c for c in SCORES if c in runs[0]]
+        rows[value] = {c: f'{np.mean([r[c] for r in runs]):.3f} +-{np.std([r[c] for r in runs]):.2f}' for c in names}
+    print0('\n'.join(table(names, rows)))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        if args.sweep:
+            sweep(args)
+            return
+        trained = train(args)
+        if args.dataset == 'shapes' and (trained or not os.path.exists(f'{args.out}/summary.png')):
+            summarize(args)
+        if args.best_of:
+            verify(args)
+    except (OSError, ValueError, FloatingPointError) as error:
+        sys.exit(f'teacher_free.py: {error}')
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main()
