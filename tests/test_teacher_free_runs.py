@@ -71,12 +71,12 @@ print('levels', levels)
 
 
 def test_no_score_is_ever_evaluated(common, tmp_path):
-    """In a whole training no denoiser is called but at sigma_init, where it is the one-step generator; 20 student
-    steps, 24 times a fresh batch for the ratio in 4 + 20 steps (and 4 for the warm-up's first updates), and grids."""
+    """In a whole training no denoiser is called but at sigma_init, where it is the one-step generator: in 20 student
+    steps, for 2 x 4 + 20 fresh batches of the ratio, and for 3 grids (before and after the warm-up, at the end)."""
     done = run('-c', COUNT, *common[1:], tmp_path / 'run', '--snapshot-kimg', '9')
     assert done.returncode == 0, done.stderr
     levels = eval(done.stdout.split('levels ')[1])
-    assert levels == {2.5: 20 + 24 + 4 + 2}  # two grids: the first and the last
+    assert levels == {2.5: 20 + 28 + 3}
 
 
 def test_processes_and_accumulation_agree(plain, common, runs):
