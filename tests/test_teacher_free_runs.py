@@ -14,8 +14,9 @@ import edm_nets
 import teacher_free
 from conftest import ENV, ROOT, distance, run, weights
 
-STUDENT = ['--kimg', '0.64', '--batch', '32', '--warmup-kimg', '0.128', '--ratio-updates', '2', '--lr', '1e-4',
-           '--ratio-lr', '1e-4', '--status-kimg', '0.064', '--snapshot-kimg', '0.128', '--eval-images', '0']
+STUDENT = ['--kimg', '0.64', '--batch', '32', '--warmup-kimg', '0.128', '--ratio-updates', '2', '--draws', '2',
+           '--lr', '1e-4', '--ratio-lr', '1e-4', '--status-kimg', '0.064', '--snapshot-kimg', '0.128',
+           '--eval-images', '0']
 
 
 @pytest.fixture(scope='module')
