@@ -8,8 +8,8 @@ Score distillation moves a student G by the difference of two learned scores, ea
 classifier, told the noise level, learns the log density ratio whose gradient is that difference:
   1. Ratio (N_clf times): on real and generated images with equal noise, balanced cross-entropy on the logit l.
      At its optimum l(x_t, sigma) = log p_data(x_t) / p_student(x_t).
-  2. Student: with r = e^l, every f-divergence D_f(p_student, p_data) of the noised distributions has the gradient
-     E[ -h(r) grad l(x_t) dx_t/dtheta ], h(r) = r^2 f''(r). `js` is the paper's DiJS, `rkl` its DiKL.
+  2. Student: with r = e^l, every f-divergence D_f = E_student[f(r)] of the noised distributions has the gradient
+     E[ -h(r) grad l(x_t) dx_t/dtheta ], h(r) = r^2 f''(r). `js` is the paper's DiJS read literally, `rkl` its DiKL.
 
     paper                    here                 paper            here
     G_theta(z)               student              x_t              x_0 + sigma eps
@@ -18,7 +18,7 @@ classifier, told the noise level, learns the log density ratio whose gradient is
 
     python teacher_free.py                                             # shapes, minutes on a CPU, nothing downloaded
     python teacher_free.py --dataset cifar10                           # one GPU, starts from the official EDM weights
-    torchrun --nproc_per_node=8 teacher_free.py --dataset imagenet64   # eight GPUs
+    torchrun --nproc_per_node=8 teacher_free.py --dataset imagenet64 --batch-gpu 32        # eight GPUs
     python teacher_free.py --best-of 1 2 4 8                           # the ratio as a verifier of K candidates
     python teacher_free.py --sweep init --seeds 0 1 2                  # a table over one flag: init, divergence, ...
 
@@ -51,15 +51,17 @@ from edm_nets import atomic_save
 # ----------------------------------------------------------------------------------------------------
 # Settings. The paper's own (its appendix) were not available to us: sigma_init, w, the law of sigma, rates and batches
 # are donors'. Rows of real data sets: batch, lr, sigma_init, EMA and the first 100 kimg without the student from SiD
-# and SiDA; the ratio learns at five times the student's rate, as in Score-of-Mixture Training; Diff-Instruct's law of
-# sigma, a little wider for the ratio, so that the student never asks where it was not taught. None of them was run.
-# `shapes` was measured here: the slower the student against its ratio the better, within ten minutes; 1e-3 for the
-# ratio's rate, two updates and one draw of noise ended at pixel-FD 12 to 16, the row below at 8.5 after 20 kimg.
+# and SiDA (more of them for imagenet64's batch); the ratio learns at four to five times the student's rate, as in
+# Score-of-Mixture Training; Diff-Instruct's law of sigma, a little wider for the ratio, so that the student never asks
+# where it was not taught. None of them was run.
+# `shapes` was measured here, at equal time, by pixel-FD: what limits is how well grad l is learned, so the ratio is
+# given two updates and the student four draws of noise per sample, each a little better than fewer; twice the
+# student's rate, or 5e-4 for the ratio, is worse; so are laws of sigma with more weight below 0.3 (colours collapse).
 
 PRESETS = {  # student_sigma and ratio_sigma: mean and standard deviation of ln sigma in the two losses
-    'shapes':     dict(batch=32,   lr=1e-4, ratio_lr=3e-4, ratio_updates=3, draws=4, sigma_init=2.5,
-                       student_sigma=(0.1, 1.6),  ratio_sigma=(0.1, 1.6),  ema_kimg=500,  decay=0.5, warmup_kimg=8,
-                       xflip=False, kimg=50, eval_images=2_000, snapshot_kimg=25, status_kimg=1),
+    'shapes':     dict(batch=32,   lr=1e-4, ratio_lr=3e-4, ratio_updates=2, draws=4, sigma_init=2.5,
+                       student_sigma=(0.1, 1.6),  ratio_sigma=(0.1, 1.6),  ema_kimg=500,  decay=0.5, warmup_kimg=4,
+                       xflip=False, kimg=30, eval_images=2_000, snapshot_kimg=15, status_kimg=1),
     'cifar10':    dict(batch=256,  lr=1e-5, ratio_lr=5e-5, ratio_updates=1, draws=1, sigma_init=2.5,
                        student_sigma=(-1.2, 1.2), ratio_sigma=(-1.2, 1.4), ema_kimg=500,  decay=0.0, warmup_kimg=100,
                        xflip=True,  kimg=50_000, eval_images=10_000, snapshot_kimg=1000, status_kimg=10),
@@ -85,21 +87,23 @@ def parse_args(argv=None):
     p.add_argument('--out', help='run folder (default: runs/teacher_free-DATASET)')
     p.add_argument('--kimg', type=float, default=preset['kimg'], help='thousands of student images (%(default)s)')
     p.add_argument('--batch', type=int, default=preset['batch'], help='images per step over all GPUs (%(default)s)')
-    p.add_argument('--batch-gpu', type=int, help='images per GPU at a time (default: its whole share)')
+    p.add_argument('--batch-gpu', type=int, help='generated images per GPU at a time (default: its share)')
     p.add_argument('--lr', type=float, default=preset['lr'], help='of the student (%(default)s)')
     p.add_argument('--ratio-lr', type=float, default=preset['ratio_lr'], help='of the ratio network (%(default)s)')
     p.add_argument('--ratio-updates', type=int, default=preset['ratio_updates'], help='per student step (%(default)s)')
     p.add_argument('--draws', type=int, default=preset['draws'], help='of noise per student sample (%(default)s)')
     p.add_argument('--warmup-kimg', type=float, default=preset['warmup_kimg'],
-                   help='images on which the ratio is trained first, the student at rest (%(default)s)')
+                   help='first stage: the ratio learns, the student rests (%(default)s)')
     p.add_argument('--sigma-init', type=float, default=preset['sigma_init'], help='of the one step (%(default)s)')
     for flag in ('student_sigma', 'ratio_sigma'):
         p.add_argument('--' + flag.replace('_', '-'), type=float, nargs=2, metavar=('MEAN', 'STD'),
                        default=preset[flag], help='of ln sigma in its loss (%(default)s)')
     p.add_argument('--divergence', choices=DIVERGENCES, default='js', help='of student and data (%(default)s)')
     p.add_argument('--weight', choices=WEIGHTS, default='1', help='w(sigma) in the student loss (%(default)s)')
-    p.add_argument('--ratio-net', choices=RATIO_NETS, default='unet', help='(%(default)s)')
-    p.add_argument('--ratio-init', choices=['teacher', 'random'], default='teacher', help='of `unet` (%(default)s)')
+    p.add_argument('--ratio-net', choices=RATIO_NETS, default='energy',
+                   help='the whole U-Net, its encoder half, or a small encoder (%(default)s)')
+    p.add_argument('--ratio-init', choices=['features', 'teacher', 'random'], default='features',
+                   help="weights to start with: the teacher's without or with its output layer (%(default)s)")
     p.add_argument('--init', choices=INITS, default='teacher', help='of the student (%(default)s)')
     p.add_argument('--single-level', metavar='PATH', help='network for --init single-level')
     p.add_argument('--best-of', type=int, nargs='+', metavar='K', default=[],
@@ -107,7 +111,7 @@ def parse_args(argv=None):
     p.add_argument('--verifier', choices=['resample', 'max'], default='resample', help='how to pick (%(default)s)')
     p.add_argument('--sweep', choices=['init', 'divergence', 'weight', 'ratio_net'],
                    help='train with every value of this flag and every seed of --seeds; prints a table')
-    p.add_argument('--seeds', type=int, nargs='+', default=[0], help='for --sweep (%(default)s)')
+    p.add_argument('--seeds', type=int, nargs='+', help='for --sweep (default: --seed alone)')
     p.add_argument('--seed', type=int, default=0, help='of all random numbers (%(default)s)')
     p.add_argument('--precision', choices=['bf16', 'fp32'], help='default: bf16 on a GPU, fp32 on a CPU')
     p.add_argument('--compile', action='store_true', help='torch.compile the networks')
@@ -121,10 +125,14 @@ def parse_args(argv=None):
         p.error('--warmup-kimg must not be negative, --eval-images 0 or at least 10')
     if min(args.best_of, default=1) < 1 or (args.best_of or args.sweep) and not args.eval_images:
         p.error('--best-of and --sweep need positive numbers and --eval-images')
+    if args.sweep and args.best_of or args.seeds and not args.sweep:
+        p.error('--sweep trains and scores; --best-of comes after one run, and --seeds belongs to --sweep')
     wants_single_level = args.init == 'single-level' or args.sweep == 'init'
     if wants_single_level and args.dataset != 'shapes' and not args.single_level:
         p.error(f'--init single-level: train the network with `python edm_nets.py train --dataset {args.dataset} '
                 f'--sigma {args.sigma_init:g}`, then give it as --single-level PATH')
+    if args.single_level and not wants_single_level:
+        p.error('--single-level is the network for --init single-level')
     if args.dataset == 'shapes' and args.data:
         p.error('--data: shapes is drawn on the fly; name the --dataset that the folder stands for')
     args.features = args.features or ('pixels' if args.dataset == 'shapes' else 'inception')
@@ -134,7 +142,7 @@ def parse_args(argv=None):
 # ----------------------------------------------------------------------------------------------------
 # The method. Images and noise are float32 [N, C, H, W], sigma is [N, 1, 1, 1], l is [N], x_t = x_0 + sigma eps.
 
-LOGIT_CLAMP = 10  # of l inside h(r), which grows like r for three of the divergences; SiDA clamps its logits alike
+LOGIT_CLAMP = 10  # of l inside h(r), which is unbounded for three of the divergences; SiDA clamps its logits alike
 VERIFIER_SIGMAS = [0.2, 0.5, 1.0]  # of the verifier; the paper's are unknown. Smaller ones judge pixel noise alone
 WEIGHTS = {'1': 0, 'sigma': 1, 'sigma2': 2}  # w(sigma) = sigma^power; sigma2 is Diff-Instruct's weight
 DIVERGENCES = {  # h(r) = r^2 f''(r) as a function of l = log r; which members the paper has beyond two is unknown
@@ -145,18 +153,14 @@ DIVERGENCES = {  # h(r) = r^2 f''(r) as a function of l = log r; which members t
     'jeffreys':  lambda l: 1 + l.exp(),                    # KL + KL
     'ns':        lambda l: torch.sigmoid(-l),              # 2 KL(mean of both || p_data): the non-saturating GAN loss
 }
-INITS, RATIO_NETS = ['teacher', 'random', 'single-level', 'features'], ['unet', 'lightweight']
+INITS, RATIO_NETS = ['teacher', 'random', 'single-level', 'features'], ['energy', 'encoder', 'lightweight']
 
 
-def draw_noise(n, net, generator, P_mean, P_std):
-    """The random numbers of `n` images: latents z, noise levels with ln sigma ~ N(P_mean, P_std^2), noise eps.
-
-    z and eps float32 [n, C, R, R] standard normal, sigma float32 [n, 1, 1, 1].
-    """
+def draw_noise(shape, generator, P_mean, P_std):
+    """Noise levels, ln sigma ~ N(P_mean, P_std^2), float32 [N, 1, 1, 1]; standard normal eps, float32 of `shape`."""
     kwargs = dict(generator=generator, device=generator.device)
-    z = torch.randn([n, net.img_channels, net.img_resolution, net.img_resolution], **kwargs)
-    sigma = (P_mean + P_std * torch.randn([n, 1, 1, 1], **kwargs)).exp()
-    return z, sigma, torch.randn(z.shape, **kwargs)
+    sigma = (P_mean + P_std * torch.randn([shape[0], 1, 1, 1], **kwargs)).exp()
+    return sigma, torch.randn(shape, **kwargs)
 
 
 def ratio_loss(real_log_ratio, fake_log_ratio):
@@ -177,64 +181,90 @@ def student_loss(log_ratio, sigma, divergence, weight):
 
 
 class RatioNet(nn.Module):
-    """The log ratio l(x_t, sigma, labels): the encoder half of the EDM U-Net, preconditioned alike, and a small head.
+    """The log ratio l(x_t, sigma, labels) on the EDM U-Net, preconditioned alike, with one of two heads.
 
-    The head looks at the last activation of every resolution, as FastGen's discriminators do; DMD2's, on the deepest
-    alone, was measured worse on shapes. Takes the arguments of EDMPrecond; `kwargs` holds them.
+    kind 'energy': the whole U-Net, and l is a quadratic form of its output F_x and its input x = c_in x_t,
+
+        l = sqrt(d) (a_1 [x F_x] + a_2 [F_x^2] + a_3 [x^2] + a_0),    [.] the mean of an image's d numbers, a = a(sigma)
+
+    which contains -|x_t - D_x|^2, the usual way to make an energy out of a denoiser ("Should EBMs model the energy or
+    the score?", Salimans and Ho 2021). kind 'encoder': the encoder half alone, with a convolutional head on the last
+    activation of every resolution, as FastGen's discriminators; DMD2's, on the deepest alone, was measured worse.
+
+    On a frozen, half-trained student (shapes) the gradient of `energy` has a cosine of 0.6 with the difference of two
+    scores at sigma 0.1 to 0.7, that of `encoder` 0.2: it hardly sees fine grain. `energy` costs about twice as much.
+
+    Takes the arguments of EDMPrecond after `kind`; `kwargs` holds them all.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim, model_type, sigma_data=0.5, **model_kwargs):
+    def __init__(self, kind, img_resolution, img_channels, label_dim, model_type, sigma_data=0.5, **model_kwargs):
         super().__init__()
-        self.kwargs = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim,
+        self.kwargs = dict(kind=kind, img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim,
                            model_type=model_type, sigma_data=sigma_data, **model_kwargs)
-        self.label_dim, self.sigma_data = label_dim, sigma_data
+        self.kind, self.label_dim, self.sigma_data = kind, label_dim, sigma_data
         unet = dict(SongUNet=edm_nets.SongUNet, DhariwalUNet=edm_nets.DhariwalUNet)[model_type]
         self.model = unet(img_resolution, img_channels, img_channels, label_dim, **model_kwargs)
-        for name in ('dec', 'out_norm', 'out_conv'):
-            if hasattr(self.model, name):
-                delattr(self.model, name)
-        self.heads, total = nn.ModuleList(), 0
-        with torch.no_grad():
-            x, labels = torch.zeros([1, img_channels, img_resolution, img_resolution]), torch.zeros([1, label_dim])
-            channels = [h.shape[1] for h in self.features(x, torch.ones([1, 1, 1, 1]), labels)]
-        for c in channels:
-            w = max(c // 4, 32)
-            total += w * 4
-            self.heads.append(nn.Sequential(
+        if kind == 'energy':
+            self.out = nn.Sequential(nn.Linear(1, 32), nn.SiLU(), nn.Linear(32, 4))  # c_noise -> a_1, a_2, a_3, a_0
+            last = [p for p in self.model.parameters() if p.ndim == 4][-1]
+            nn.init.normal_(last, std=1e-5)  # ADM's last layer is zero: with a = 0 as well, neither would ever learn
+        else:
+            for name in ('dec', 'out_norm', 'out_conv'):
+                if hasattr(self.model, name):
+                    delattr(self.model, name)
+            x, c_noise = torch.zeros([1, img_channels, img_resolution, img_resolution]), torch.zeros([1])
+            with torch.no_grad():
+                channels = [h.shape[1] for h in self.pyramid(x, c_noise, torch.zeros([1, label_dim]))]
+            widths = [max(c // 4, 32) for c in channels]
+            self.heads = nn.ModuleList(nn.Sequential(
                 nn.Conv2d(c, w, 4, stride=2, padding=1), nn.GroupNorm(8, w), nn.SiLU(),
-                nn.Conv2d(w, w, 3, padding=1), nn.GroupNorm(8, w), nn.SiLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()))
-        self.out = nn.Linear(total, 1)
-        nn.init.zeros_(self.out.weight)  # at first l = 0: nothing is known
-        nn.init.zeros_(self.out.bias)
+                nn.Conv2d(w, w, 3, padding=1), nn.GroupNorm(8, w), nn.SiLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+                for c, w in zip(channels, widths))
+            self.out = nn.Sequential(nn.Linear(4 * sum(widths), 1))
+        nn.init.zeros_(self.out[-1].weight)  # at first l = 0: nothing is known
+        nn.init.zeros_(self.out[-1].bias)
 
-    def features(self, x_t, sigma, class_labels):
-        """The last activation of every resolution, fine to coarse: [N, C, R, R], [N, C', R/2, R/2], ..."""
-        c_in = 1 / (self.sigma_data ** 2 + sigma ** 2).sqrt()
-        labels = class_labels.to(torch.float32) if self.label_dim else None
-        skips, _ = self.model.encode(c_in * x_t, sigma.flatten().log() / 4, labels)
+    def pyramid(self, x, c_noise, labels):
+        """The encoder's last activation of every resolution, fine to coarse: [N, C, R, R], [N, C', R/2, R/2], ..."""
+        skips, _ = self.model.encode(x, c_noise, labels)
         return list({h.shape[-1]: h for h in skips}.values())
 
     def forward(self, x_t, sigma, class_labels=None):
         """x_t [N, C, R, R], sigma [N, 1, 1, 1], one-hot class_labels [N, label_dim] -> l float32 [N]."""
-        features = self.features(x_t, sigma, class_labels)
-        h = torch.cat([head(feature) for head, feature in zip(self.heads, features)], dim=1)
-        return self.out(h).squeeze(1).to(torch.float32)
+        x, c_noise = x_t / (self.sigma_data ** 2 + sigma ** 2).sqrt(), sigma.flatten().log() / 4  # EDM: c_in x_t
+        labels = class_labels.to(torch.float32) if self.label_dim else None
+        if self.kind == 'encoder':
+            h = [head(feature) for head, feature in zip(self.heads, self.pyramid(x, c_noise, labels))]
+            with torch.autocast(x.device.type, enabled=False):  # l in float32
+                return self.out(torch.cat(h, dim=1).to(torch.float32)).squeeze(1)
+        F_x = self.model.decode(*self.model.encode(x, c_noise, labels)).to(torch.float32)
+        with torch.autocast(x.device.type, enabled=False):  # l is a small difference of large sums
+            a = self.out(c_noise[:, None])
+            means = [(u * v).mean([1, 2, 3]) for u, v in ((x, F_x), (F_x, F_x), (x, x))]
+            return x[0].numel() ** 0.5 * (a * torch.stack([*means, torch.ones_like(c_noise)], dim=1)).sum(1)
+
+
+def load_weights(unet, teacher, output):
+    """Copy the teacher's weights into a U-Net, or the part of one. Without `output`, its last norm and layer stay."""
+    own = unet.state_dict()
+    unet.load_state_dict(own | {k: v for k, v in teacher.model.state_dict().items() if k in own and (
+        output or not ('_aux_norm' in k or '_aux_conv' in k or k.startswith('out_')))})
 
 
 def make_ratio_net(teacher, kind, init):
-    """The ratio network to start with, of three kinds in two flags.
+    """The ratio network to start with, of three kinds: 'energy' and 'encoder' (RatioNet), and 'lightweight'.
 
-    kind 'unet': the teacher's encoder, with its weights if init is 'teacher', else random. 'lightweight': a small
-    noise-conditional CNN, half as wide, one block per level, no attention, from random weights in any case.
+    init, for the first two: 'features', the teacher's weights except for the output layer, so that F_x does not start
+    as the teacher's score in disguise; 'teacher', all of its weights; 'random', none. 'lightweight' is a small encoder,
+    half as wide, one block per level, no attention, random in any case.
     """
     kwargs = {k: v for k, v in teacher.kwargs.items() if k not in ('sigma_min', 'sigma_max')}
-    kwargs |= dict(dropout=0, augment_dim=0)
+    kwargs |= dict(dropout=0, augment_dim=0, kind='energy' if kind == 'energy' else 'encoder')
     if kind == 'lightweight':
         kwargs |= dict(model_channels=kwargs['model_channels'] // 2, num_blocks=1, attn_resolutions=[])
     ratio_net = RatioNet(**kwargs)
-    if kind == 'unet' and init == 'teacher':
-        own = ratio_net.model.state_dict()
-        ratio_net.model.load_state_dict({k: v for k, v in teacher.model.state_dict().items() if k in own})
+    if kind != 'lightweight' and init != 'random':
+        load_weights(ratio_net.model, teacher, output=init == 'teacher')
     return ratio_net
 
 
@@ -252,9 +282,10 @@ def load_ratio_net(path):
 def best_of(student, ratio_net, seeds, K, verifier, batch=256):
     """The ratio as a verifier (v5): of K one-step samples per seed, made in parallel, keep one.
 
-    l at small noise is the log importance weight of a sample. 'resample' picks candidate k with probability
-    softmax(l)_k, importance resampling, which moves p_student towards p_data; 'max' picks the largest l. Candidate 0 is
-    the image of `edm_nets.generate`. Returns uint8 [N, C, R, R] on the CPU.
+    l at small noise is the log importance weight of a sample, nearly: it is averaged here over VERIFIER_SIGMAS, and was
+    learned against the student, while this is called with its moving average. 'resample' picks candidate k with
+    probability softmax(l)_k, importance resampling, which moves p_student towards p_data; 'max' picks the largest l.
+    Candidate 0 is the image of `edm_nets.generate`. Returns uint8 [N, C, R, R] on the CPU.
     """
     device, images = next(student.parameters()).device, []
     shape = [student.img_channels, student.img_resolution, student.img_resolution]
@@ -444,12 +475,15 @@ def log_status(out, stats, nimg, total, seconds, images):
 def initial_student(args, teacher):
     """The student before training, by --init: the paper's study of what the teacher's weights are good for."""
     if args.init == 'single-level':  # features of one noise level only
-        return edm_nets.load(args.single_level)
+        student = edm_nets.load(args.single_level)
+        if student.sigma_init != args.sigma_init or any(
+                getattr(student, name) != getattr(teacher, name) for name in ('img_resolution', 'label_dim')):
+            raise ValueError(f'{args.single_level} is not a network of sigma {args.sigma_init:g} alone for the '
+                             f'images of the teacher: see `python edm_nets.py train --help`, --sigma')
+        return student
     student = edm_nets.EDMPrecond(**teacher.kwargs).eval()
-    own = student.state_dict() if args.init == 'random' else teacher.state_dict()
-    if args.init == 'features':  # of all noise levels, but with a fresh output layer: no map from latents to images
-        own |= {k: v for k, v in student.state_dict().items() if '_aux_norm' in k or '_aux_conv' in k or '.out_' in k}
-    student.load_state_dict(own)
+    if args.init != 'random':  # `features`: of all noise levels, but no map from latents to images
+        load_weights(student.model, teacher, output=args.init == 'teacher')
     return student
 
 
@@ -473,6 +507,8 @@ def train(args):
         'dataset', 'data', 'teacher', 'batch', 'lr', 'ratio_lr', 'ratio_updates', 'draws', 'warmup_kimg', 'sigma_init',
         'student_sigma', 'ratio_sigma', 'divergence', 'weight', 'ratio_net', 'ratio_init', 'init', 'single_level',
         'features', 'seed', 'precision')}
+    if preset['decay']:
+        config['kimg'] = args.kimg  # the rates depend on it
     config = json.loads(json.dumps(config))  # lists for tuples, as they will be read back
     state, total = load_checkpoint(args.out, config), args.kimg * 1000
     if state and state['nimg'] >= total:
@@ -497,7 +533,6 @@ def train(args):
     ratio_net = make_ratio_net(teacher, args.ratio_net, args.ratio_init).to(device, memory_format=torch.channels_last)
     ratio_net.eval()
     classes = teacher.label_dim
-    size = sum(p.numel() for p in teacher.parameters())
     del teacher
     student.requires_grad_(True)
     if student.model.map_augment is not None:
@@ -507,9 +542,9 @@ def train(args):
         ratio_net.compile()
     wrap = functools.partial(DDP, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
     ddp_student, ddp_ratio = wrap(student), wrap(ratio_net)
-    print0(f'teacher-free: {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters in the student, '
-           f'{sum(p.numel() for p in ratio_net.parameters()) / 1e6:.2f} M in the ratio network '
-           f'(score distillation: three times {size / 1e6:.2f} M); {world_size} process(es), {device}')
+    a, b = (sum(p.numel() for p in net.parameters()) / 1e6 for net in (student, ratio_net))
+    print0(f'teacher-free: {a:.2f} M parameters in the student, {b:.2f} M in the ratio network; {20 * a + 16 * b:.0f} '
+           f'MB with EMA, gradients, Adam (score distillation: {40 * a:.0f}); {world_size} process(es), {device}')
 
     # Optimizers.
     adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), fused=True)  # Diff-Instruct and SiD
@@ -534,7 +569,7 @@ def train(args):
     del state
     dist.barrier()  # guards the checkpoint: nobody writes before all have read
 
-    draw = functools.partial(draw_noise, args.batch, student)  # for the global batch
+    shape = [args.batch, student.img_channels, student.img_resolution, student.img_resolution]  # the global batch
     no_labels = torch.zeros([args.batch, 1], device=device)  # ignored by unconditional networks
     means, tick_time, tick_seen = Means(), time.time(), warmed + nimg
     while True:
@@ -551,7 +586,8 @@ def train(args):
                 data.save_grid(edm_nets.generate(ema, range(64)), f'{args.out}/grid-{nimg // 1000:06d}.png', scale=2)
                 if nimg:
                     edm_nets.save(f'{args.out}/student-{nimg // 1000:06d}.pt', ema, args.dataset, nimg,
-                                  ratio_net=ratio_net.state_dict(), ratio_net_kwargs=ratio_net.kwargs)
+                                  ratio_net={k: v.cpu() for k, v in ratio_net.state_dict().items()},
+                                  ratio_net_kwargs=ratio_net.kwargs)
                 save_checkpoint(args.out, dict(
                     {name: part.state_dict() for name, part in evolving.items()}, config=config, warmed=warmed,
                     nimg=nimg, log_bytes=os.path.getsize(f'{args.out}/stats.jsonl')))
@@ -561,9 +597,9 @@ def train(args):
 
         # Random numbers and real images of this step, for the global batch; this rank takes its rows. A generated
         # image has the label of the real one beside it: p(label) cancels in the ratio.
-        generator = data.step_generator(args.seed, warmed if warming else nimg, int(warming), device)
-        z, *noise = draw(generator, *args.student_sigma)
-        noises = [noise] + [draw(generator, *args.student_sigma)[1:] for _ in range(args.draws - 1)]  # (sigma, eps)
+        generator = data.step_generator(args.seed, count, int(warming), device)
+        z = torch.randn(shape, generator=generator, device=device)
+        noises = [draw_noise(shape, generator, *args.student_sigma) for _ in range(args.draws)]  # (sigma, eps)
         order = [data.batch_order(args.seed, seen * args.ratio_updates + update * args.batch, args.batch, len(dataset))
                  for update in range(args.ratio_updates)]  # (indices, flips) of each update
         labels = [F.one_hot(dataset.labels(indices), classes).to(device) if classes else no_labels
@@ -596,10 +632,10 @@ def train(args):
         # Update the ratio on the same samples, further times on fresh ones; real images get the same noise.
         for (indices, flips), y in zip(order, labels):
             if not samples:
-                z, _, _ = draw(generator, *args.ratio_sigma)
+                z = torch.randn(shape, generator=generator, device=device)
                 with torch.no_grad(), autocast():
                     samples = [edm_nets.one_step(student, z[rows], y[rows], args.sigma_init) for rows in rounds]
-            _, sigma, eps = draw(generator, *args.ratio_sigma)
+            sigma, eps = draw_noise(shape, generator, *args.ratio_sigma)
             for i, (rows, x_0) in enumerate(zip(rounds, samples)):
                 images = data.mirror(dataset.images(indices[rows]), flips[rows] & preset['xflip'])
                 real = data.to_float(images.to(device))
@@ -636,13 +672,17 @@ def read_scores(out):
 SCORES = ['FID', 'pixel-FD', 'precision', 'recall', 'IS', 'valid', 'coverage', 'tv']
 
 
-def table(columns, rows):
-    """{name: {column: number or text}} -> lines of text."""
-    lines = [f'{"":24s}' + ''.join(f'{c:>14s}' for c in columns)]
+def report(rows, path):
+    """Print {name: {score: number or text}} as a table, and write it to a text file."""
+    columns = [c for c in SCORES if any(c in row for row in rows.values())]
+    lines = [f'{"":24s}' + ''.join(f'{c:>17s}' for c in columns)]
     for name, row in rows.items():
-        cells = [row[c] if isinstance(row[c], str) else f'{row[c]:.3f}' for c in columns]
-        lines.append(f'{name:24s}' + ''.join(f'{cell:>14s}' for cell in cells))
-    return lines
+        cells = [row.get(c, 'diverged') for c in columns]
+        lines.append(f'{name:24s}' + ''.join(f'{c if isinstance(c, str) else f"{c:.3f}":>17s}' for c in cells))
+    if dist.get_rank() == 0:
+        with open(path, 'w') as f:
+            f.write('\n'.join(lines) + '\n')
+        print('\n'.join(lines), flush=True)
 
 
 def summarize(args):
@@ -653,26 +693,24 @@ def summarize(args):
     before = initial_student(args, teacher).to(device)
     before.sigma_init = args.sigma_init
     after = edm_nets.load(edm_nets.newest(args.out, 'student')).to(device)
-    dataset, rows, lines, seeds = data.Shapes(), {}, [], np.arange(36)
+    dataset, rows, seeds = data.Shapes(), {}, np.arange(36)
     if args.eval_images:
         ruler = fid.Ruler(dataset, args.features, device)
         # Two draws of data differ too: the first row is the least that so few images can reach.
         rows['data, other images'] = ruler.score(data.Shapes(args.eval_images, seed=1).images, args.eval_images)
         rows['teacher, 18 steps'] = ruler.score(lambda i: edm_nets.generate(teacher, i, 18), args.eval_images)
         rows['student before'], rows['student after'] = read_scores(args.out)
-        lines = table([c for c in SCORES if c in rows['student after']], rows)
+        report(rows, f'{args.out}/summary.txt')
     if dist.get_rank() == 0:
-        with open(f'{args.out}/summary.txt', 'w') as f:
-            f.write('\n'.join(lines) + '\n')
         data.save_panels({
             'data': dataset.images(seeds), 'teacher, 18 steps': edm_nets.generate(teacher, seeds, 18),
             'student before, 1 step': edm_nets.generate(before, seeds),
             'student after, 1 step': edm_nets.generate(after, seeds)}, f'{args.out}/summary.png', columns=18, scale=3)
-        print('\n'.join([*lines, f'{args.out}/summary.png: data, teacher, student before, student after']), flush=True)
+        print(f'{args.out}/summary.png: data, teacher, student before, student after', flush=True)
 
 
 def verify(args):
-    """Score the finished student with K candidates per image, for every K of --best-of and both ways to choose."""
+    """Score the finished student with K candidates per image, for every K of --best-of; a table, also in a file."""
     _, _, device = setup()
     path = edm_nets.newest(args.out, 'student')
     student, ratio_net = edm_nets.load(path).to(device), load_ratio_net(path).to(device)
@@ -684,24 +722,32 @@ def verify(args):
         rows[f'{args.verifier}, K = {K}'] = ruler.score(images, args.eval_images)
         if dist.get_rank() == 0:
             data.save_grid(images(range(64)), f'{args.out}/best-of-{K}-{args.verifier}.png', scale=2)
-    print0('\n'.join(table([c for c in SCORES if c in rows[f'{args.verifier}, K = {K}']], rows)))
+    report(rows, f'{args.out}/best-of-{args.verifier}.txt')
 
 
 def sweep(args):
-    """Train with every value of one flag and every seed of --seeds, each in its own folder; scores, mean +- spread."""
+    """Train with every value of one flag and every seed, each in its own folder -> a table, also in a file.
+
+    Its entries are means over the seeds and, after +-, sample standard deviations. A run that diverges is said so.
+    """
     values = dict(init=INITS, divergence=DIVERGENCES, weight=WEIGHTS, ratio_net=RATIO_NETS)[args.sweep]
-    rows = {}
+    rows, seeds = {}, args.seeds or [args.seed]
     for value in values:
         runs = []
-        for seed in args.seeds:
+        for seed in seeds:
             out = f'{args.out}-{args.sweep}-{value}-seed{seed}'
             run = argparse.Namespace(**dict(vars(args), seed=seed, out=out))
             setattr(run, args.sweep, value)
-            train(run)
-            runs.append(read_scores(out)[1])
-        names = [c for c in SCORES if c in runs[0]]
-        rows[value] = {c: f'{np.mean([r[c] for r in runs]):.3f} +-{np.std([r[c] for r in runs]):.2f}' for c in names}
-    print0('\n'.join(table(names, rows)))
+            try:
+                train(run)
+                runs.append(read_scores(out)[1])
+            except FloatingPointError as error:  # on all ranks alike
+                print0(f'{out}: {error}')
+        name = value if len(runs) == len(seeds) else f'{value} ({len(runs)} of {len(seeds)} runs)'
+        columns = [c for c in SCORES if runs and c in runs[0]]
+        rows[name] = {c: f'{np.mean(x):.3f} +-{np.std(x, ddof=len(x) > 1):.3f}'
+                      for c in columns for x in [[r[c] for r in runs]]}
+    report(rows, f'{args.out}-{args.sweep}.txt')
 
 
 def main(argv=None):

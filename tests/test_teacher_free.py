@@ -84,31 +84,46 @@ def small(**kwargs):
 @pytest.mark.parametrize('kwargs', [dict(), dict(label_dim=0), dict(model_type='DhariwalUNet', model_channels=64),
                                     dict(augment_dim=9, encoder_type='residual', embedding_type='fourier',
                                          resample_filter=[1, 3, 3, 1])])
-def test_ratio_net_is_the_encoder_and_a_head(kwargs):
-    """From the teacher: its encoder's weights to the bit, no decoder. l = 0 at first; labels and sigma matter after."""
+def test_ratio_nets_start_from_the_teacher(kwargs):
+    """Its weights to the bit, a decoder for `energy` alone, fresh output layer. l = 0 at first."""
     teacher = small(**kwargs)
     for kind in teacher_free.RATIO_NETS:
-        net = teacher_free.make_ratio_net(teacher, kind, 'teacher')
+        net = teacher_free.make_ratio_net(teacher, kind, 'features')
         state, own = teacher.model.state_dict(), net.model.state_dict()
-        assert own and not any(k.startswith(('dec', 'out')) for k in own)
-        if kind == 'unet':
-            assert all(torch.equal(v, state[k]) for k, v in own.items())
+        assert any(k.startswith(('dec', 'out')) for k in own) == (kind == 'energy')
+        if kind != 'lightweight':
+            changed = {k for k, v in own.items() if not torch.equal(v, state[k])}
+            assert len(changed) == (kind == 'energy') and changed <= {'dec.16x16_aux_conv.weight', 'out_conv.weight'}
             assert {k for k in state if k.startswith('enc')} == {k for k in own if k.startswith('enc')}
+            same = teacher_free.make_ratio_net(teacher, kind, 'teacher').model.state_dict()
+            assert all(torch.equal(v, state[k]) for k, v in same.items())
         sigma, x = torch.tensor([0.1, 1., 5.]).reshape(3, 1, 1, 1), torch.randn(3, 3, 16, 16)
         labels = F.one_hot(torch.tensor([0, 1, 2]), 4) if teacher.label_dim else None
         assert torch.equal(net(x, sigma, labels), torch.zeros(3))
-        nn.init.normal_(net.out.weight)
+        nn.init.normal_(net.out[-1].weight)
         l = net(x, sigma, labels)
         assert l.shape == (3,) and l.dtype == torch.float32
         assert not torch.allclose(l, net(x, sigma * 2, labels))
         assert all(p.requires_grad for p in net.parameters())
 
 
+def test_energy_contains_the_ratio_of_gaussians():
+    """N(0, s^2) against N(0, t^2), noised: l = (1/t'^2 - 1/s'^2) |x|^2 / 2 + const is one choice of a_3, a_0."""
+    net, sigma, s, t = teacher_free.make_ratio_net(small(), 'energy', 'teacher'), 0.6, 0.3, 0.5
+    x_t, d = torch.randn(5, 3, 16, 16), 3 * 16 * 16
+    s2, t2 = s ** 2 + sigma ** 2, t ** 2 + sigma ** 2
+    exact = (log_density(x_t, 0.0, s2) - log_density(x_t, 0.0, t2)).sum([1, 2, 3])
+    with torch.no_grad():
+        net.out[-1].bias[2] = (1 / t2 - 1 / s2) / 2 * (0.5 ** 2 + sigma ** 2) * d ** 0.5
+        net.out[-1].bias[3] = 0.5 * np.log(t2 / s2) * d ** 0.5
+        assert torch.allclose(net(x_t, torch.full([5, 1, 1, 1], sigma), torch.eye(4)[:1]), exact, rtol=1e-4)
+
+
 def test_lightweight_is_light():
     teacher = small(model_channels=16)
-    light, full = (teacher_free.make_ratio_net(teacher, kind, 'teacher') for kind in ('lightweight', 'unet'))
-    count = [sum(p.numel() for p in net.parameters()) for net in (light, full, teacher)]
-    assert count[0] < count[1] < count[2]
+    nets = [teacher_free.make_ratio_net(teacher, kind, 'teacher') for kind in ('lightweight', 'encoder', 'energy')]
+    count = [sum(p.numel() for p in net.parameters()) for net in nets]
+    assert count[0] < count[1] < count[2] < 1.1 * sum(p.numel() for p in teacher.parameters())
 
 
 class GaussianStudent(nn.Module):
@@ -146,8 +161,8 @@ def test_verifier_resamples_towards_the_data(monkeypatch):
 def test_verifier_does_not_depend_on_the_batch():
     student = small().requires_grad_(False)
     student.sigma_init = 2.5
-    net = teacher_free.make_ratio_net(student, 'unet', 'teacher').eval()
-    nn.init.normal_(net.out.weight)
+    net = teacher_free.make_ratio_net(student, 'encoder', 'teacher').eval()
+    nn.init.normal_(net.out[-1].weight)
     a, b = (teacher_free.best_of(student, net, range(6), 3, 'resample', batch=batch) for batch in (3, 256))
     assert a.shape == (6, 3, 16, 16) and a.dtype == torch.uint8
     assert (a.int() - b.int()).abs().max() <= 1
