@@ -60,8 +60,8 @@ from edm_nets import atomic_save
 
 PRESETS = {  # student_sigma and ratio_sigma: mean and standard deviation of ln sigma in the two losses
     'shapes':     dict(batch=32,   lr=1e-4, ratio_lr=3e-4, ratio_updates=2, draws=4, sigma_init=2.5,
-                       student_sigma=(0.1, 1.6),  ratio_sigma=(0.1, 1.6),  ema_kimg=500,  decay=0.5, warmup_kimg=4,
-                       xflip=False, kimg=30, eval_images=2_000, snapshot_kimg=15, status_kimg=1),
+                       student_sigma=(0.1, 1.6),  ratio_sigma=(0.1, 1.6),  ema_kimg=500,  decay=0.5, warmup_kimg=6,
+                       xflip=False, kimg=28, eval_images=2_000, snapshot_kimg=14, status_kimg=1),
     'cifar10':    dict(batch=256,  lr=1e-5, ratio_lr=5e-5, ratio_updates=1, draws=1, sigma_init=2.5,
                        student_sigma=(-1.2, 1.2), ratio_sigma=(-1.2, 1.4), ema_kimg=500,  decay=0.0, warmup_kimg=100,
                        xflip=True,  kimg=50_000, eval_images=10_000, snapshot_kimg=1000, status_kimg=10),
