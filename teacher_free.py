@@ -191,10 +191,9 @@ class RatioNet(nn.Module):
     the score?", Salimans and Ho 2021). kind 'encoder': the encoder half alone, with a convolutional head on the last
     activation of every resolution, as FastGen's discriminators; DMD2's, on the deepest alone, was measured worse.
 
-    Learned for 16 kimg against a frozen, half-trained student (shapes), the gradient of l has a cosine with the difference
-    of two fitted scores, at sigma 0.1 to 1, of 0.3 for `energy` and 0.1 for `encoder`, which hardly sees fine grain; and
-    of 0.6 for `energy` with the teacher's output layer, which has one of the two scores inside. `energy` costs about
-    twice as much as `encoder`.
+    Learned for 16 kimg against a frozen, half-trained student (shapes), grad l has a cosine with the difference of two
+    fitted scores, at sigma 0.1 to 1, of 0.3 for `energy` and 0.1 for `encoder`, which hardly sees fine grain; of 0.6
+    for `energy` with the teacher's output layer, one of the two scores inside. `energy` costs about twice as much.
 
     Takes the arguments of EDMPrecond after `kind`; `kwargs` holds them all.
     """
