@@ -126,16 +126,16 @@ def test_single_level_training_and_init(common, runs, tmp_path):
 
 
 def test_sweep_and_best_of(common, tmp_path):
-    more = ['--kimg', '0.064', '--eval-images', '40', '--ratio-net', 'lightweight', '--compile', '--batch-gpu', '16']
+    more = ['--kimg', '0.064', '--eval-images', '40', '--ratio-net', 'lightweight', '--batch-gpu', '16']
     code = 'import torch, functools, teacher_free, sys; torch.nn.Module.compile = functools.partialmethod(' \
         'torch.nn.Module.compile, backend="aot_eager"); teacher_free.main(sys.argv[1:])'
-    done = run('-c', code, *common[1:], tmp_path / 'run', *more, '--sweep', 'weight', '--seeds', '1')
+    done = run(*common, tmp_path / 'run', *more, '--sweep', 'weight', '--seeds', '1')
     assert done.returncode == 0, done.stderr
     assert {'run-weight-sigma2-seed1', 'run-weight-1-seed1'} < set(os.listdir(tmp_path))
     lines = (tmp_path / 'run-weight.txt').read_text().splitlines()
     assert [line.split()[0] for line in lines[1:]] == list(teacher_free.WEIGHTS) and '+-' in lines[1]
     assert lines == done.stdout.splitlines()[-4:]
-    done = run(*common, tmp_path / 'best', *more[:-3], '--best-of', '1', '3')
+    done = run('-c', code, *common[1:], tmp_path / 'best', *more[:-2], '--compile', '--best-of', '1', '3')
     assert done.returncode == 0 and 'resample, K = 3' in done.stdout, done.stderr
     with open(tmp_path / 'best' / 'stats.jsonl') as f:
         last = json.loads(f.readlines()[-1])
