@@ -1,5 +1,8 @@
 """The tests need neither network nor GPU."""
 
+import contextlib
+import importlib
+import io
 import os
 import subprocess
 import sys
@@ -14,15 +17,32 @@ os.environ['PYTHONPATH'] = str(ROOT)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+torch.set_num_threads(1)  # as in the processes that are started
+
 ENV = dict(os.environ, OMP_NUM_THREADS='1')
 TEACHER = ['--kimg', '1', '--batch', '32', '--channels', '8', '--channel-mult', '1', '2', '--status-kimg', '0.25',
            '--snapshot-kimg', '0.25']
 
 
-def run(*command, processes=1, **kwargs):
+def run(*command, processes=1, path=None):
+    """A command as a user types it: a script of the project with its arguments, or python's own arguments.
+
+    Scripts run inside this process, which saves the import of torch; several processes, and whatever is not a script,
+    run apart. `path` is added to the Python path.
+    """
+    command = [str(part) for part in command]
+    if processes == 1 and Path(command[0]).parent == ROOT:
+        module, output, errors, code = importlib.import_module(Path(command[0]).stem), io.StringIO(), io.StringIO(), 0
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            try:
+                module.main(command[1:])
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+                print(stop.code if isinstance(stop.code, str) else '', file=sys.stderr)
+        return subprocess.CompletedProcess(command, code, output.getvalue(), errors.getvalue())
     launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
-    return subprocess.run([sys.executable, *launcher, *map(str, command)], env=ENV, capture_output=True, text=True,
-                          timeout=200, **kwargs)
+    env = dict(ENV, PYTHONPATH=f'{path or ""}{os.pathsep}{ROOT}')
+    return subprocess.run([sys.executable, *launcher, *command], env=env, capture_output=True, text=True, timeout=200)
 
 
 def weights(path):

