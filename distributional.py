@@ -9,7 +9,8 @@ the data, and no teacher is in memory. Per step, with one batch of real images x
   2. Discriminator: L_D = E[ softplus(-l(x)) + softplus(l(G(z'))) ], z' fresh.
   3. Every 16th step, alone: 16 gamma / 2 E[ |grad_x sum l(x)|^2 ] (R1).
 The discriminator is StyleGAN-XL's: small heads on frozen feature networks, whose maps are mixed by fixed random
-convolutions; or, with `unet`, heads on the encoder of the diffusion model itself, shown noised images, as in DMD2.
+convolutions; or, with `unet`, heads on the encoder of the diffusion model itself, shown noised images, as in DMD2; or,
+with `energy`, all of its U-Net.
 
     paper                        here                       paper                      here
     g(x_T, T, 0), T = 80         one_step(student, z)       GDD-I, D2O-F               --freeze 1
@@ -39,18 +40,19 @@ import os
 import re
 import sys
 import time
+import warnings
 import zipfile
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import edm_nets
@@ -61,29 +63,29 @@ from edm_nets import atomic_save
 # Settings. Rows of real data sets: the authors' released commands (their tables could not be read), with two changes
 # of form. Their loss is summed over the images of a GPU while R1 is a mean, and Adam does not care for the scale of
 # the first; for means alike, gamma = 1e-4 / images per GPU on the four GPUs of those commands. And --freeze is on where
-# the paper's best figure has it: everywhere but on AFHQv2. --lr-d is before the correction for lazy R1 (StyleGAN2).
+# the paper's best figure has it: everywhere but on AFHQv2. --d-lr is before the correction for lazy R1 (StyleGAN2).
 # They stopped at the snapshot with the lowest FID, after 5 to 9 million images. None of these rows was run.
 # `shapes`: SHAPES_COMMENT
 
 PRESETS = {
-    'shapes':     dict(batch=32,   lr=2e-4, d_lr=6e-4, r1_gamma=3.1e-6, sigma_init=2.5, freeze=0,
-                       backbones=['unet'],                 noise=(-2.0, 1.0), ema_kimg=500, decay=0.5,
-                       teacher=None,                       xflip=False, kimg=100,
-                       eval_images=2_000, snapshot_kimg=25, status_kimg=5),
+    'shapes':     dict(batch=32,   lr=1e-4, d_lr=3e-4, r1_gamma=3.1e-6, sigma_init=2.5, freeze=0,
+                       backbones=['energy'],               noise=(0.0, 1.6), ema_kimg=500, decay=0.5,
+                       teacher=None,                       xflip=False, kimg=50,
+                       eval_images=2_000, snapshot_kimg=25, status_kimg=2),
     'cifar10':    dict(batch=256,  lr=1e-4, d_lr=1e-4, r1_gamma=1.6e-6, sigma_init=80, freeze=1,
-                       backbones=['vgg', 'efficientnet'],  noise=(-2.0, 1.0), ema_kimg=500, decay=0.0,
+                       backbones=['vgg', 'efficientnet'],  noise=(0.0, 1.6), ema_kimg=500, decay=0.0,
                        teacher='cifar10-32x32-uncond-ve',  xflip=False, kimg=5_000,
                        eval_images=10_000, snapshot_kimg=250, status_kimg=10),
     'ffhq64':     dict(batch=256,  lr=2e-5, d_lr=4e-5, r1_gamma=1.6e-6, sigma_init=80, freeze=1,
-                       backbones=['deit', 'efficientnet'], noise=(-2.0, 1.0), ema_kimg=500, decay=0.0,
+                       backbones=['deit', 'efficientnet'], noise=(0.0, 1.6), ema_kimg=500, decay=0.0,
                        teacher='ffhq-64x64-uncond-ve',     xflip=False, kimg=10_000,
                        eval_images=10_000, snapshot_kimg=250, status_kimg=10),
     'afhqv2':     dict(batch=256,  lr=2e-5, d_lr=4e-5, r1_gamma=1.6e-6, sigma_init=80, freeze=0,
-                       backbones=['deit', 'efficientnet'], noise=(-2.0, 1.0), ema_kimg=500, decay=0.0,
+                       backbones=['deit', 'efficientnet'], noise=(0.0, 1.6), ema_kimg=500, decay=0.0,
                        teacher='afhqv2-64x64-uncond-ve',   xflip=False, kimg=10_000,
                        eval_images=10_000, snapshot_kimg=250, status_kimg=10),
     'imagenet64': dict(batch=512,  lr=8e-6, d_lr=4e-5, r1_gamma=7.8e-7, sigma_init=80, freeze=1,
-                       backbones=['deit', 'efficientnet'], noise=(-2.0, 1.0), ema_kimg=50_000, decay=0.0,
+                       backbones=['deit', 'efficientnet'], noise=(0.0, 1.6), ema_kimg=50_000, decay=0.0,
                        teacher='imagenet-64x64-cond-adm',  xflip=False, kimg=10_000,
                        eval_images=10_000, snapshot_kimg=250, status_kimg=10),
 }
@@ -105,15 +107,15 @@ def parse_args(argv=None):
     p.add_argument('--d-lr', type=float, default=preset['d_lr'], help='of the discriminator (%(default)s)')
     p.add_argument('--freeze', type=int, choices=[0, 1], default=preset['freeze'],
                    help='1: GDD-I, most convolutions stay as they are; 0: GDD (%(default)s)')
-    p.add_argument('--backbones', nargs='+', choices=['unet', *FEATURES], default=preset['backbones'],
+    p.add_argument('--backbones', nargs='+', choices=[*UNETS, *FEATURES], default=preset['backbones'],
                    help='what the discriminator looks through (%(default)s)')
     p.add_argument('--features-dir', metavar='PATH', help='folder with the public weight files of the feature networks '
                    '(default: fetched once)')
-    p.add_argument('--r1-gamma', type=float, help='weight of R1; 0: none (default: 1 for `unet` alone, else '
+    p.add_argument('--r1-gamma', type=float, help='weight of R1; 0: none (default: 1 for U-Nets alone, else '
                    f'{preset["r1_gamma"]})')
     p.add_argument('--r1-interval', type=int, default=16, help='steps from one R1 to the next (%(default)s)')
     p.add_argument('--noise', type=float, nargs=2, metavar=('MEAN', 'STD'), default=preset['noise'],
-                   help='of ln sigma, for `unet` (%(default)s)')
+                   help='of ln sigma, for `unet` and `energy` (%(default)s)')
     p.add_argument('--sigma-init', type=float, default=preset['sigma_init'], help='of the one step (%(default)s)')
     p.add_argument('--teacher-student-fd', type=int, nargs='+', metavar='STEPS', default=[],
                    help='once trained, distances between teacher at so many Heun steps, student and data')
@@ -131,7 +133,7 @@ def parse_args(argv=None):
     p.add_argument('--features', choices=['inception', 'pixels'], help='default: pixels for shapes, else inception')
     args = p.parse_args(argv)
     if args.r1_gamma is None:  # f-distill's for such a discriminator, or the published one
-        args.r1_gamma = 1.0 if args.backbones == ['unet'] else preset['r1_gamma']
+        args.r1_gamma = 1.0 if set(args.backbones) <= set(UNETS) else preset['r1_gamma']
     check_positive(p, args, 'kimg batch lr d_lr r1_interval sigma_init snapshot_kimg status_kimg')
     if args.r1_gamma < 0 or args.eval_images < 0 or 0 < args.eval_images < 10:
         p.error('--r1-gamma must not be negative, --eval-images 0 or at least 10')
@@ -244,7 +246,7 @@ class EfficientNetLite0(nn.Module):
         return maps
 
     @classmethod
-    def names(cls, state):
+    def from_file(cls, state):
         """The weights {name: tensor} of the file, without the classifier; timm's names become the original ones."""
         first = dict(conv_dw='_depthwise_conv', bn1='_bn1', conv_pw='_project_conv', bn2='_bn2')  # no expansion
         later = dict(conv_pw='_expand_conv', bn1='_bn0', conv_dw='_depthwise_conv', bn2='_bn1',
@@ -283,7 +285,7 @@ class VGG16BN(nn.Module):
         return maps
 
     @staticmethod
-    def names(state):
+    def from_file(state):
         return {k: v for k, v in state.items() if k.startswith('features.')}
 
 
@@ -331,7 +333,7 @@ class DeiT(nn.Module):
                 maps.append(self.resize[i // 3](x[:, 2:].transpose(1, 2).unflatten(2, (14, 14))))
         return maps
 
-    def names(self, state):
+    def from_file(self, state):
         state = {k: v for k, v in state.get('model', state).items() if not k.startswith(('norm.', 'head'))}
         return state | {k: v for k, v in self.state_dict().items() if k.startswith('resize.')}
 
@@ -369,7 +371,7 @@ def feature_network(backbone, folder=None):
     if not digest.startswith(str(path).rsplit('-', 1)[1][:8]):
         raise ValueError(f'{path} is damaged: its SHA-256 is {digest[:8]}...; delete it')
     try:
-        net.load_state_dict(net.names(torch.load(path, map_location='cpu', weights_only=True)), strict=True)
+        net.load_state_dict(net.from_file(torch.load(path, map_location='cpu', weights_only=True)), strict=True)
     except Exception as error:  # whatever a file that is not the weights can provoke; told in one line
         reason = ' '.join(str(error).split())[:200]
         raise ValueError(f'{path} does not hold the weights of {backbone}: {reason}') from None
@@ -412,6 +414,20 @@ class Projection(nn.Module):
         return tuple(out)
 
 
+class SumOverRanks(torch.autograd.Function):
+    """all_reduce as a function of every rank's tensor, differentiable any number of times."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverRanks.apply(gradient.contiguous())
+
+
 class GlobalBatchNorm(nn.Module):
     """Batch norm over the images of all ranks, for training only: [N, C, H, W] -> float32 [N, C, H, W].
 
@@ -424,14 +440,10 @@ class GlobalBatchNorm(nn.Module):
         self.weight, self.bias, self.eps = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels)), eps
 
     def forward(self, x):
-        x = x.to(torch.float32)
-        mean = x.mean([0, 2, 3])
-        if dist.get_world_size() > 1:
-            mean = dist_nn.all_reduce(mean) / dist.get_world_size()
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = SumOverRanks.apply(x.mean([0, 2, 3])) / dist.get_world_size()
         x = x - mean[:, None, None]
-        var = x.square().mean([0, 2, 3])
-        if dist.get_world_size() > 1:
-            var = dist_nn.all_reduce(var) / dist.get_world_size()
+        var = SumOverRanks.apply(x.square().mean([0, 2, 3])) / dist.get_world_size()
         return x * (self.weight * (var + self.eps).rsqrt())[:, None, None] + self.bias[:, None, None]
 
 
@@ -517,9 +529,40 @@ class UNetHeads(nn.Module):
     def forward(self, view, labels):
         """view: x_t [N, C, R, R] and sigma [N, 1, 1, 1]; labels int64 [N] -> logits float32 [N, J]."""
         x_t, sigma = view
-        one_hot = F.one_hot(labels, max(self.label_dim, 1)).to(torch.float32) if self.label_dim else None
+        one_hot = F.one_hot(labels, self.label_dim).to(torch.float32) if self.label_dim else None
         maps = self.pyramid(x_t, sigma, one_hot)
         return torch.cat([head(h).to(torch.float32) for head, h in zip(self.heads, maps)], dim=1)
+
+
+class UNetEnergy(nn.Module):
+    """The whole pretrained U-Net, trained on; its logit is a quadratic form of its output F_x and input x = c_in x_t,
+
+        l = sqrt(d) (a_1 [x F_x] + a_2 [F_x^2] + a_3 [x^2] + a_0),    [.] the mean of an image's d numbers, a = a(sigma)
+
+    which contains -|x_t - D_x|^2, the usual way to make an energy out of a denoiser ("Should EBMs model the energy or
+    the score?", Salimans and Ho 2021). Not in the papers: heads on an encoder hardly see fine grain (README).
+    """
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.label_dim, self.sigma_data = teacher.label_dim, teacher.sigma_data
+        self.model = copy.deepcopy(teacher.model)
+        self.model.map_augment = None
+        self.out = nn.Sequential(nn.Linear(1, 32), nn.SiLU(), nn.Linear(32, 4))  # c_noise -> a_1, a_2, a_3, a_0
+        nn.init.zeros_(self.out[-1].weight)  # at first l = 0: nothing is known
+        nn.init.zeros_(self.out[-1].bias)
+
+    def forward(self, view, labels):
+        """view: x_t [N, C, R, R] and sigma [N, 1, 1, 1]; labels int64 [N] -> logit float32 [N, 1]."""
+        x_t, sigma = view
+        one_hot = F.one_hot(labels, self.label_dim).to(torch.float32) if self.label_dim else None
+        x, c_noise = x_t / (self.sigma_data ** 2 + sigma ** 2).sqrt(), sigma.flatten().log() / 4  # EDM: c_in x_t
+        with sdpa_kernel(SDPBackend.MATH):  # R1 differentiates twice, which the fused attention cannot
+            F_x = self.model.decode(*self.model.encode(x, c_noise, one_hot)).to(torch.float32)
+        with torch.autocast(x.device.type, enabled=False):  # l is a small difference of large sums
+            a = self.out(c_noise[:, None])
+            means = [(u * v).mean([1, 2, 3]) for u, v in ((x, F_x), (F_x, F_x), (x, x))]
+            return x[0].numel() ** 0.5 * (a * torch.stack([*means, torch.ones_like(c_noise)], 1)).sum(1, keepdim=True)
 
 
 class Discriminator(nn.Module):
@@ -539,9 +582,10 @@ class Discriminator(nn.Module):
 
 
 def look(images, projections, noise):
-    """What the heads see of images [N, C, R, R]: {backbone: tuple of tensors}. noise: (sigma, eps), for `unet`."""
+    """What the heads see of images [N, C, R, R]: {backbone: tuple of tensors}. noise: (sigma, eps), for the U-Nets."""
     sigma, eps = noise
-    return dict(unet=(images + sigma * eps, sigma)) | {name: net(images) for name, net in projections.items()}
+    views = {name: net(images) for name, net in projections.items()}
+    return views | dict.fromkeys(UNETS, (images + sigma * eps, sigma))
 
 
 @torch.no_grad()
@@ -549,7 +593,7 @@ def class_means(projection, dataset, per_class=50, batch=32):
     """Mean over images and pixels of the deepest features of the dataset's own classes -> float32 [label_dim, E].
 
     From about `per_class` images of each class; a class that is not among them gets the mean of all. The published
-    code has a table made on ImageNet, whose rows 0-9, five fishes, three birds ..., also serve for CIFAR-10's classes.
+    code has a table made on ImageNet, whose rows 0-9 (fish, then birds) serve for the classes of CIFAR-10 too.
     """
     device = next(projection.parameters()).device
     indices, _ = data.batch_order(0, 0, min(per_class * dataset.label_dim, len(dataset)), len(dataset))
@@ -561,12 +605,15 @@ def class_means(projection, dataset, per_class=50, batch=32):
     return torch.where(counts[:, None] > 0, total / counts[:, None].clamp(min=1), total.sum(0) / counts.sum())
 
 
+UNETS = dict(unet=UNetHeads, energy=UNetEnergy)
+
+
 def make_discriminator(args, teacher, dataset, device):
     """(Discriminator, {backbone: Projection}) of --backbones, on the device. Collective: rank 0 fetches first."""
     parts, projections = {}, nn.ModuleDict()
     for name in args.backbones:
-        if name == 'unet':
-            parts[name] = UNetHeads(teacher).requires_grad_(True)
+        if name in UNETS:
+            parts[name] = UNETS[name](teacher).requires_grad_(True)
             continue
         if teacher.img_channels != 3:
             raise ValueError(f'--backbones {name} looks at RGB images, not at {teacher.img_channels} channels')
@@ -766,7 +813,7 @@ def train(args):
     config = {k: v for k, v in vars(args).items() if k in (
         'dataset', 'data', 'teacher', 'batch', 'lr', 'd_lr', 'freeze', 'backbones', 'r1_gamma', 'r1_interval', 'noise',
         'sigma_init', 'features', 'seed', 'precision')}
-    if args.backbones != ['unet']:
+    if not set(args.backbones) <= set(UNETS):
         config['images_per_norm'] = world_size * (rounds[0].stop - rounds[0].start)  # BatchNorm sees so many
     if preset['decay']:
         config['kimg'] = args.kimg  # the rates depend on it
@@ -802,6 +849,7 @@ def train(args):
         student.compile()
     wrap = functools.partial(DDP, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
     ddp_student, ddp_discriminator = wrap(student), wrap(discriminator)
+    warnings.filterwarnings('ignore', message='Grad strides do not match')  # R1: of weights with one row, harmless
     a, b, c = (sum(p.numel() for p in parameters) / 1e6 for parameters in (
         trained(student), student.parameters(), trained(discriminator)))
     print0(f'distributional: {a:.2f} of {b:.2f} M parameters of the student are trained ({1 - a / b:.2%} frozen), '
@@ -857,7 +905,7 @@ def train(args):
         # the real images are those of the generated ones.
         generator = data.step_generator(args.seed, nimg, 0, device)
         z_student, z_discriminator = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
-        noises = [draw_noise(shape, generator, *args.noise) for _ in range(2)]  # (sigma, eps); only for `unet`
+        noises = [draw_noise(shape, generator, *args.noise) for _ in range(2)]  # (sigma, eps); only for U-Nets
         indices, flips = data.batch_order(args.seed, nimg, args.batch, len(dataset))
         labels = dataset.labels(indices).to(device) if classes else no_labels
         one_hot = F.one_hot(labels, max(classes, 1))
@@ -1030,20 +1078,26 @@ def layer_activity(net, x, sigma, labels):
     x [N, C, R, R] is the noisy image, labels one-hot [N, label_dim] or None.
     """
     activity, handles = {}, []
-    for name, block in net.model.named_modules():
-        if not isinstance(block, edm_nets.UNetBlock):
-            continue
-        added = {}
-        for layer in ('conv1', 'proj') if block.heads else ('conv1',):
-            def keep(module, inputs, output, added=added, layer=layer):
-                added[layer] = output.square().mean().sqrt() * block_scale
-            block_scale = block.skip_scale
-            handles.append(getattr(block, layer).register_forward_hook(keep))
 
-        def compare(module, inputs, output, name=name, added=added):
-            for layer, rms in added.items():
-                activity[f'{name}.{layer}'] = float(rms / output.square().mean().sqrt())
-        handles.append(block.register_forward_hook(compare))
+    def rms(x):
+        return float(x.square().mean().sqrt())
+
+    def keep(name, scale, module, inputs, output):
+        activity[name] = rms(output) * scale
+
+    def compare(block, module, inputs, output):
+        for name in activity:
+            if name.startswith(f'{block}.'):
+                activity[name] /= rms(output)
+
+    for name, block in net.model.named_modules():
+        if isinstance(block, edm_nets.UNetBlock):
+            scales = dict(conv1=block.skip_scale ** 2, proj=block.skip_scale) if block.heads else \
+                dict(conv1=block.skip_scale)  # the sums on the way to the block's output are scaled
+            for layer, scale in scales.items():
+                hook = functools.partial(keep, f'{name}.{layer}', scale)
+                handles.append(getattr(block, layer).register_forward_hook(hook))
+            handles.append(block.register_forward_hook(functools.partial(compare, name)))
     net(x, torch.full([len(x)], sigma, device=x.device), labels)
     for handle in handles:
         handle.remove()
@@ -1089,7 +1143,7 @@ def activations(args, levels=24, images=64):
 
 
 def cost(args, repeat=5):
-    """Print what one training step takes on this machine, part by part, from the parts timed one by one."""
+    """Print what one training step takes on this machine, part by part: each part alone, the median of `repeat`."""
     _, _, device = setup()
     if args.teacher is None:
         args.teacher = edm_nets.shapes_teacher() if args.dataset == 'shapes' else \
@@ -1133,7 +1187,7 @@ def cost(args, repeat=5):
 
     def r1():
         discriminator.requires_grad_(True)
-        images = real.detach().requires_grad_(True)
+        images = real.detach().requires_grad_(True).clone()  # FlopCounterMode does not take leaves
         with autocast():
             logits, = discriminator(look(images, projections, noise), labels=labels)
         r1_penalty(logits, images).backward()
@@ -1153,19 +1207,22 @@ def cost(args, repeat=5):
     for name, count, function in parts:
         if not count:
             continue
+        with FlopCounterMode(display=False) as counter:  # and a first call to warm up
+            function()
         times = []
-        for _ in range(repeat + 1):
+        for _ in range(repeat):
             start = time.perf_counter()
             function()
             if device.type == 'cuda':
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-        lines.append((name, count, np.median(times[1:])))
-    step = sum(count * seconds for _, count, seconds in lines)
+        lines.append((name, count, np.median(times), counter.get_total_flops() / n / 1e9))
+    step = sum(count * seconds for _, count, seconds, _ in lines)
+    gflop = sum(count * work for _, count, _, work in lines)
     print0(f'{n} images per GPU, {" + ".join(args.backbones)}, --freeze {args.freeze}, {device}')
-    for name, count, seconds in lines:
-        print0(f'{name:40s}{seconds:9.3f} s  x {count:<7.4g}{count * seconds / step:6.1%}')
-    print0(f'{"a step, without optimizers":40s}{step:9.3f} s, {step / n * 1000:.3g} s per kimg')
+    for name, count, seconds, work in lines:
+        print0(f'{name:38s}{work:9.2f} GFLOP/image {seconds:9.3f} s  x {count:<7.4g}{count * seconds / step:6.1%}')
+    print0(f'{"a step, without optimizers":38s}{gflop:9.2f} GFLOP/image {step:9.3f} s = {step / n * 1000:.3g} s/kimg')
 
 
 def main(argv=None):

@@ -187,7 +187,7 @@ def test_pretrained_efficientnet():
     """The real weights from the data package: strictly loaded, shapes, and equal to timm's layout of the same."""
     net = distributional.feature_network('efficientnet')
     state = torch.load(distributional.weight_file('efficientnet'), weights_only=True)
-    again = distributional.EfficientNetLite0.names({timm_name(k): v for k, v in state.items()})
+    again = distributional.EfficientNetLite0.from_file({timm_name(k): v for k, v in state.items()})
     assert len(state) == 296 and all(torch.equal(again[k], v) for k, v in net.state_dict().items())
     with torch.no_grad():
         maps = net(torch.randn(2, 3, 224, 224))
@@ -246,7 +246,7 @@ class Tiny(nn.Module):
             maps.append(x)
         return maps
 
-    names = staticmethod(dict)
+    from_file = staticmethod(dict)
 
 
 @pytest.fixture
@@ -276,7 +276,23 @@ def test_projection_and_heads(world):
     assert a.shape == (2, 64) and not torch.allclose(a, b)
 
 
-def test_the_same_image_at_any_value_range_of_the_network(world):
+def test_bf16_gives_nearly_the_same_r1(world):
+    """Projection, heads with spectral norm and R1's second derivative under autocast: close to float32."""
+    torch.manual_seed(0)
+    projection, heads = distributional.Projection(Tiny()), distributional.ProjectedHeads(torch.randn(4, 8)).eval()
+    x, results = torch.randn(4, 3, 16, 16, requires_grad=True), []
+    for enabled in (False, True):
+        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            logits = heads(projection(x), torch.arange(4))
+        penalty = distributional.r1_penalty([logits], x)
+        gradient = torch.autograd.grad(penalty, [p for p in heads.parameters() if p.ndim == 4])
+        results.append((penalty.detach(), torch.cat([g.flatten() for g in gradient])))
+        assert logits.dtype == torch.float32
+    (a, grad_a), (b, grad_b) = results
+    assert torch.allclose(a, b, rtol=0.1) and float(torch.cosine_similarity(grad_a, grad_b, dim=0)) > 0.95
+
+
+def test_the_network_sees_its_own_normalisation(world):
     """[-1, 1] is mapped to the network's own normalisation: grey 0.5 with mean 0.5 is exactly 0 there."""
     projection = distributional.Projection(Tiny())
     seen = {}
@@ -329,6 +345,10 @@ rank, world_size, _ = distributional.setup()
 torch.manual_seed(0)
 projection = distributional.Projection(Tiny())
 discriminator = distributional.Discriminator(dict(efficientnet=distributional.ProjectedHeads(torch.randn(4, 8))))
+for head in discriminator.parts['efficientnet'].heads:
+    for i, layer in enumerate(head):
+        if isinstance(layer, torch.nn.LeakyReLU):  # at its kinks R1 magnifies rounding
+            head[i] = torch.nn.SiLU()
 discriminator = torch.nn.parallel.DistributedDataParallel(discriminator)
 real, fake, labels = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16), torch.arange(4)
 rows = distributional.rank_slices(4, None)[0]
@@ -364,19 +384,25 @@ def teacher(**kwargs):
                                       **kwargs)).eval()
 
 
+@pytest.mark.parametrize('backbone', ['unet', 'energy'])
 @pytest.mark.parametrize('kwargs', [{}, dict(VE, label_dim=0), dict(model_type='DhariwalUNet', model_channels=32)])
-def test_unet_heads(kwargs):
-    """Starts as the teacher's encoder; images do not depend on one another; every weight learns, from R1 too."""
+def test_unet_discriminators(kwargs, backbone):
+    """Start as the teacher's U-Net; images do not depend on one another; every weight learns, from R1 too."""
     net = teacher(**kwargs)
-    heads = distributional.UNetHeads(net)
-    state = net.model.state_dict()
-    assert all(torch.equal(v, state[k]) for k, v in heads.model.state_dict().items())
-    assert not any(k.startswith(('dec', 'out')) for k in heads.model.state_dict())
+    heads = distributional.UNETS[backbone](net)
+    own, state = heads.model.state_dict(), net.model.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in own.items())
+    left_out = set(state) - set(own)
+    decoder = ('dec.', 'out_') if backbone == 'unet' else ()
+    assert left_out == {k for k in state if k.startswith(decoder) or 'augment' in k}
     heads.requires_grad_(True)
+    if backbone == 'energy':
+        assert not heads((torch.randn(2, 3, 8, 8), torch.ones(2, 1, 1, 1)), torch.tensor([0, 1])).any()
+        nn.init.normal_(heads.out[-1].weight, std=0.1)
     x = torch.randn(4, 3, 8, 8, requires_grad=True)
     sigma, labels = torch.rand(4, 1, 1, 1) + 0.1, torch.tensor([0, 1, 0, 1])
     logits = heads((x, sigma), labels)
-    assert logits.shape == (4, 2) and logits.dtype == torch.float32
+    assert logits.shape == (4, 2 if backbone == 'unet' else 1) and logits.dtype == torch.float32
     assert torch.allclose(heads((x[:2], sigma[:2]), labels[:2]), logits[:2], atol=1e-5)
     penalty = distributional.r1_penalty([logits], x)
     (penalty + logits.square().sum()).backward()
@@ -422,7 +448,7 @@ def test_flags_are_the_contract():
     assert args.kimg == 0.5 and args.batch == 512 and args.freeze == 1 and args.sigma_init == 80
     assert args.out == 'runs/distributional-imagenet64' and args.backbones == ['deit', 'efficientnet']
     assert distributional.parse_args(['--dataset', 'afhqv2']).freeze == 0
-    assert distributional.parse_args([]).backbones == ['unet']
+    assert distributional.parse_args([]).backbones == ['energy'] and distributional.parse_args([]).r1_gamma == 1
     for flag in ('data out batch-gpu seed precision compile snapshot-kimg status-kimg sigma-init eval-images').split():
         assert hasattr(args, flag.replace('-', '_'))
     for wrong in (['--backbones', 'resnet'], ['--backbones', 'unet', 'unet'], ['--freeze', '2'], ['--r1-gamma', '-1'],
