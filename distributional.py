@@ -65,7 +65,11 @@ from edm_nets import atomic_save
 # the first; for means alike, gamma = 1e-4 / images per GPU on the four GPUs of those commands. And --freeze is on where
 # the paper's best figure has it: everywhere but on AFHQv2. --d-lr is before the correction for lazy R1 (StyleGAN2).
 # They stopped at the snapshot with the lowest FID, after 5 to 9 million images. None of these rows was run.
-# `shapes`: SHAPES_COMMENT
+# `shapes` was chosen here by pixel-FD, in runs of 15 to 90 kimg of one seed: `energy`, because `unet` stayed at 5.6;
+# gamma 1 for both (with 0.1 the colours collapse, with 4 little is learned); rates twice as high with ln sigma around
+# -0.7 collapse the colours too. sigma_init 2.5, because the small teacher hardly saw 80: 7.3 against 10.0 after
+# 18 kimg of `unet`. r1_gamma is for feature networks; U-Nets alone have 1, f-distill's on CIFAR-10 (on ImageNet it has
+# none). On real data the U-Nets would use d_lr of the projected heads; DMD2's own on ImageNet is 2e-6. Untried.
 
 PRESETS = {
     'shapes':     dict(batch=32,   lr=1e-4, d_lr=3e-4, r1_gamma=3.1e-6, sigma_init=2.5, freeze=0,
@@ -120,7 +124,7 @@ def parse_args(argv=None):
     p.add_argument('--teacher-student-fd', type=int, nargs='+', metavar='STEPS', default=[],
                    help='once trained, distances between teacher at so many Heun steps, student and data')
     p.add_argument('--activations', action='store_true', help='then a picture: which layer works at which sigma')
-    p.add_argument('--cost', action='store_true', help='time the parts of a training step, train nothing')
+    p.add_argument('--cost', action='store_true', help='time the parts of a training step, train no student')
     p.add_argument('--sweep', choices=['freeze'], help='train with every value of this flag and every seed of --seeds; '
                    'prints a table')
     p.add_argument('--seeds', type=int, nargs='+', help='for --sweep (default: --seed alone)')
@@ -167,7 +171,8 @@ def discriminator_loss(real_logits, fake_logits):
 def r1_penalty(real_logits, real):
     """|grad_x of the sum of all logits|^2, mean over images -> scalar; the loss is gamma / 2 times it.
 
-    `real` [N, C, R, R] requires a gradient. The sum runs over patches and backbones, as published.
+    `real` [N, C, R, R] requires a gradient. The sum runs over patches and backbones, as published. The logits must have
+    been computed under sdpa_kernel(SDPBackend.MATH): fused attention has no second derivative.
     """
     gradient, = torch.autograd.grad(sum(l.sum() for l in real_logits), real, create_graph=True)
     return gradient.square().sum([1, 2, 3]).mean()
@@ -447,14 +452,23 @@ class GlobalBatchNorm(nn.Module):
         return x * (self.weight * (var + self.eps).rsqrt())[:, None, None] + self.bias[:, None, None]
 
 
+class Conv(nn.Conv2d):
+    """A convolution whose spectral norm is taken in float32, also under autocast."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight  # computed here, with a power iteration when training
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
 def projected_head(c, size, out):
     """Halve the nominal `size` down to 8 px, then one 4x4 convolution: [N, c, r, r] -> [N, out, r', r']."""
     layers = []
     while size > 8:
         size, width = size // 2, {8: 512, 16: 256, 32: 128, 64: 64}[size // 2]
-        layers += [spectral_norm(nn.Conv2d(c, width, 4, 2, 1)), GlobalBatchNorm(width), nn.LeakyReLU(0.2)]
+        layers += [spectral_norm(Conv(c, width, 4, 2, 1)), GlobalBatchNorm(width), nn.LeakyReLU(0.2)]
         c = width
-    return nn.Sequential(*layers, spectral_norm(nn.Conv2d(c, out, 4, bias=False)))
+    return nn.Sequential(*layers, spectral_norm(Conv(c, out, 4, bias=False)))
 
 
 class ProjectedHeads(nn.Module):
@@ -471,8 +485,8 @@ class ProjectedHeads(nn.Module):
         if class_means is not None:
             self.embeddings = nn.ModuleList(nn.Embedding.from_pretrained(class_means, freeze=False) for _ in range(4))
             self.maps = nn.ModuleList(nn.Linear(class_means.shape[1], 64) for _ in range(4))
-            for layer in self.maps:  # as StyleGAN's layers start
-                nn.init.normal_(layer.weight, std=class_means.shape[1] ** -0.5)
+            for layer in self.maps:  # StyleGAN's equalised learning rate: N(0, 1), scaled when used
+                nn.init.normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
     def forward(self, view, labels):
@@ -481,8 +495,10 @@ class ProjectedHeads(nn.Module):
         for i, (head, h) in enumerate(zip(self.heads, view)):
             h = head(h).to(torch.float32).flatten(2)  # [N, 1 or 64, 16]
             if hasattr(self, 'maps'):
-                c_map = F.leaky_relu(self.maps[i](self.embeddings[i](labels)), 0.2) * 2 ** 0.5
-                h = (h * c_map.to(torch.float32)[:, :, None]).sum(1, keepdim=True) / h.shape[1] ** 0.5
+                layer, embedding = self.maps[i], self.embeddings[i](labels)
+                c_map = F.linear(embedding, layer.weight / layer.in_features ** 0.5, layer.bias)  # [N, 64]
+                c_map = F.leaky_relu(c_map, 0.2).to(torch.float32) * 2 ** 0.5
+                h = (h * c_map[:, :, None]).sum(1, keepdim=True) / h.shape[1] ** 0.5
             logits.append(h.squeeze(1))
         return torch.cat(logits, dim=1)
 
@@ -497,6 +513,16 @@ def unet_head(c, size):
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * size ** 2, 1))
 
 
+def pretrained_unet(teacher):
+    """A copy of the teacher's U-Net to be trained on, without dropout and without labels of augmentation."""
+    model = copy.deepcopy(teacher.model)
+    model.map_augment, model.label_dropout = None, 0
+    for block in model.modules():
+        if isinstance(block, edm_nets.UNetBlock):
+            block.dropout = 0
+    return model
+
+
 class UNetHeads(nn.Module):
     """The pretrained encoder of the diffusion model, trained on, with a head on the last map of every resolution.
 
@@ -509,11 +535,10 @@ class UNetHeads(nn.Module):
     def __init__(self, teacher):
         super().__init__()
         self.label_dim, self.sigma_data = teacher.label_dim, teacher.sigma_data
-        self.model = copy.deepcopy(teacher.model)
+        self.model = pretrained_unet(teacher)
         for name in ('dec', 'out_norm', 'out_conv'):
             if hasattr(self.model, name):
                 delattr(self.model, name)
-        self.model.map_augment = None
         x = torch.zeros([1, teacher.img_channels, teacher.img_resolution, teacher.img_resolution])
         with torch.no_grad():
             maps = self.pyramid(x, torch.ones([1, 1, 1, 1]), torch.zeros([1, self.label_dim]))
@@ -522,8 +547,7 @@ class UNetHeads(nn.Module):
     def pyramid(self, x_t, sigma, labels):
         """The encoder's last activation of every resolution, fine to coarse: [N, C, R, R], [N, C', R/2, R/2], ..."""
         x, c_noise = x_t / (self.sigma_data ** 2 + sigma ** 2).sqrt(), sigma.flatten().log() / 4  # EDM: c_in x_t
-        with sdpa_kernel(SDPBackend.MATH):  # R1 differentiates twice, which the fused attention cannot
-            skips, _ = self.model.encode(x, c_noise, labels if self.label_dim else None)
+        skips, _ = self.model.encode(x, c_noise, labels if self.label_dim else None)
         return list({h.shape[-1]: h for h in skips}.values())
 
     def forward(self, view, labels):
@@ -546,8 +570,7 @@ class UNetEnergy(nn.Module):
     def __init__(self, teacher):
         super().__init__()
         self.label_dim, self.sigma_data = teacher.label_dim, teacher.sigma_data
-        self.model = copy.deepcopy(teacher.model)
-        self.model.map_augment = None
+        self.model = pretrained_unet(teacher)
         self.out = nn.Sequential(nn.Linear(1, 32), nn.SiLU(), nn.Linear(32, 4))  # c_noise -> a_1, a_2, a_3, a_0
         nn.init.zeros_(self.out[-1].weight)  # at first l = 0: nothing is known
         nn.init.zeros_(self.out[-1].bias)
@@ -557,8 +580,7 @@ class UNetEnergy(nn.Module):
         x_t, sigma = view
         one_hot = F.one_hot(labels, self.label_dim).to(torch.float32) if self.label_dim else None
         x, c_noise = x_t / (self.sigma_data ** 2 + sigma ** 2).sqrt(), sigma.flatten().log() / 4  # EDM: c_in x_t
-        with sdpa_kernel(SDPBackend.MATH):  # R1 differentiates twice, which the fused attention cannot
-            F_x = self.model.decode(*self.model.encode(x, c_noise, one_hot)).to(torch.float32)
+        F_x = self.model.decode(*self.model.encode(x, c_noise, one_hot)).to(torch.float32)
         with torch.autocast(x.device.type, enabled=False):  # l is a small difference of large sums
             a = self.out(c_noise[:, None])
             means = [(u * v).mean([1, 2, 3]) for u, v in ((x, F_x), (F_x, F_x), (x, x))]
@@ -592,8 +614,9 @@ def look(images, projections, noise):
 def class_means(projection, dataset, per_class=50, batch=32):
     """Mean over images and pixels of the deepest features of the dataset's own classes -> float32 [label_dim, E].
 
-    From about `per_class` images of each class; a class that is not among them gets the mean of all. The published
-    code has a table made on ImageNet, whose rows 0-9 (fish, then birds) serve for the classes of CIFAR-10 too.
+    From about `per_class` images of each class; a class that is not among them gets the mean of all. Every feature
+    network has its own (DeiT's through its random convolutions), where published ones all have EfficientNet's. The
+    published table was made on ImageNet; its rows 0-9 (fish, then birds) serve for the classes of CIFAR-10 too.
     """
     device = next(projection.parameters()).device
     indices, _ = data.batch_order(0, 0, min(per_class * dataset.label_dim, len(dataset)), len(dataset))
@@ -814,7 +837,7 @@ def train(args):
         'dataset', 'data', 'teacher', 'batch', 'lr', 'd_lr', 'freeze', 'backbones', 'r1_gamma', 'r1_interval', 'noise',
         'sigma_init', 'features', 'seed', 'precision')}
     if not set(args.backbones) <= set(UNETS):
-        config['images_per_norm'] = world_size * (rounds[0].stop - rounds[0].start)  # BatchNorm sees so many
+        config['batchnorm_images'] = world_size * (rounds[0].stop - rounds[0].start)  # BatchNorm sees so many
     if preset['decay']:
         config['kimg'] = args.kimg  # the rates depend on it
     config = json.loads(json.dumps(config))  # lists for tuples, as they will be read back
@@ -905,7 +928,7 @@ def train(args):
         # the real images are those of the generated ones.
         generator = data.step_generator(args.seed, nimg, 0, device)
         z_student, z_discriminator = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
-        noises = [draw_noise(shape, generator, *args.noise) for _ in range(2)]  # (sigma, eps); only for U-Nets
+        noises = [draw_noise(shape, generator, *args.noise) for _ in range(2)]  # (sigma, eps): real and fake share them
         indices, flips = data.batch_order(args.seed, nimg, args.batch, len(dataset))
         labels = dataset.labels(indices).to(device) if classes else no_labels
         one_hot = F.one_hot(labels, max(classes, 1))
@@ -915,7 +938,7 @@ def train(args):
         # Update the student. Not through the discriminator's DDP: its weights get no gradient here.
         discriminator.requires_grad_(False)
         for i, rows in enumerate(rounds):
-            discriminator.train(i == 0)  # one power iteration of the spectral norms per update, not per round
+            discriminator.train(i == 0)  # the spectral norms iterate in the first round alone
             with sync_last(i, rounds, ddp_student):
                 with autocast():
                     fake = edm_nets.one_step(ddp_student, z_student[rows], one_hot[rows], args.sigma_init)
@@ -953,11 +976,12 @@ def train(args):
                 discriminator.train(i == 0)
                 with sync_last(i, rounds, ddp_discriminator):
                     real = reals[i].requires_grad_(True)
-                    with autocast():
+                    with autocast(), sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
                         view = look(real, projections, [part[rows] for part in noises[1]])
                         real_logits, = ddp_discriminator(view, labels=labels[rows])
                     penalty = r1_penalty(real_logits, real)
-                    loss = args.r1_interval * args.r1_gamma / 2 * penalty + 0 * mean_of(real_logits)  # DDP wants all
+                    loss = args.r1_interval * args.r1_gamma / 2 * penalty
+                    loss = loss + 0 * mean_of(real_logits)  # R1 does not see the last biases; DDP wants all weights
                     (loss / len(rounds)).backward()
                 means.add(r1_penalty=penalty)
             d_optimizer.step()
@@ -1046,7 +1070,8 @@ def teacher_student_fd(args):
     """Distances teacher - data, student - data and teacher - student, for each number of teacher steps; also a file.
 
     The paper's argument against instance losses: both can be close to the data while they are far from each other, the
-    farther the more steps the teacher takes (its 2-step teacher: 1.78).
+    farther the more steps the teacher takes (its 2-step teacher: 1.78). Steps are Heun's, of two calls each but the
+    last; teacher and student start from the same latents; the student is the newest of the run.
     """
     _, _, device = setup()
     student = edm_nets.load(edm_nets.newest(args.out, 'student')).to(device)
@@ -1188,7 +1213,7 @@ def cost(args, repeat=5):
     def r1():
         discriminator.requires_grad_(True)
         images = real.detach().requires_grad_(True).clone()  # FlopCounterMode does not take leaves
-        with autocast():
+        with autocast(), sdpa_kernel(SDPBackend.MATH):
             logits, = discriminator(look(images, projections, noise), labels=labels)
         r1_penalty(logits, images).backward()
 

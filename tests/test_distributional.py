@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 import distributional
@@ -231,6 +232,27 @@ def test_pretrained_features_separate_classes(tmp_path):
     assert right > 0.5, right  # 0.71 was seen
 
 
+@pytest.fixture
+def world():
+    """A process group of one."""
+    distributional.setup()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize('make', [distributional.EfficientNetLite0, functools.partial(distributional.DeiT, c=24)])
+def test_r1_through_feature_networks(make, world):
+    """Second derivatives through the attention of DeiT (narrow here), depthwise convolutions, frozen batch norm."""
+    torch.manual_seed(0)
+    projection, heads = distributional.Projection(make()), distributional.ProjectedHeads()
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        logits = heads(projection(x), torch.zeros(2, dtype=torch.int64))
+    distributional.r1_penalty([logits], x).backward()
+    gradients = [p.grad for name, p in heads.named_parameters() if name.endswith('original')]
+    assert len(gradients) == 14 and all(g.isfinite().all() and g.any() for g in gradients)
+
+
 class Tiny(nn.Module):
     """A stand-in for a feature network: random convolutions, maps of 32, 16, 8 and 4 px."""
     mean, std, channels = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (4, 4, 8, 8)
@@ -247,14 +269,6 @@ class Tiny(nn.Module):
         return maps
 
     from_file = staticmethod(dict)
-
-
-@pytest.fixture
-def world():
-    """A process group of one."""
-    distributional.setup()
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def test_projection_and_heads(world):
@@ -388,8 +402,8 @@ def teacher(**kwargs):
 @pytest.mark.parametrize('kwargs', [{}, dict(VE, label_dim=0), dict(model_type='DhariwalUNet', model_channels=32)])
 def test_unet_discriminators(kwargs, backbone):
     """Start as the teacher's U-Net; images do not depend on one another; every weight learns, from R1 too."""
-    net = teacher(**kwargs)
-    heads = distributional.UNETS[backbone](net)
+    net = teacher(dropout=0.5, label_dropout=0.5, **kwargs)
+    heads = distributional.UNETS[backbone](net).train()  # and without the teacher's dropout
     own, state = heads.model.state_dict(), net.model.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in own.items())
     left_out = set(state) - set(own)
@@ -401,7 +415,8 @@ def test_unet_discriminators(kwargs, backbone):
         nn.init.normal_(heads.out[-1].weight, std=0.1)
     x = torch.randn(4, 3, 8, 8, requires_grad=True)
     sigma, labels = torch.rand(4, 1, 1, 1) + 0.1, torch.tensor([0, 1, 0, 1])
-    logits = heads((x, sigma), labels)
+    with sdpa_kernel(SDPBackend.MATH):
+        logits = heads((x, sigma), labels)
     assert logits.shape == (4, 2 if backbone == 'unet' else 1) and logits.dtype == torch.float32
     assert torch.allclose(heads((x[:2], sigma[:2]), labels[:2]), logits[:2], atol=1e-5)
     penalty = distributional.r1_penalty([logits], x)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import disback
+import distributional
 import edm_nets
 import teacher_free
 from conftest import ENV, ROOT, distance, run, weights
@@ -204,6 +205,8 @@ def test_copies_are_identical():
     """The helpers that every script repeats are the same text everywhere."""
     for name in ('setup', 'rank_slices', 'sync_last', 'make_autocast', 'rank0_first', 'check_positive', 'print0',
                  'is_due', 'update_ema', 'Means', 'save_checkpoint', 'load_checkpoint', 'start_log', 'log_status'):
-        for script in (disback, teacher_free):
+        for script in (disback, teacher_free, distributional):
             assert inspect.getsource(getattr(edm_nets, name)) == inspect.getsource(getattr(script, name)), name
-    assert inspect.getsource(disback.read_scores) == inspect.getsource(teacher_free.read_scores)
+    for name in ('read_scores', 'report', 'draw_noise'):  # the last two: where both have them
+        for script in (disback, distributional) if name == 'read_scores' else (distributional,):
+            assert inspect.getsource(getattr(script, name)) == inspect.getsource(getattr(teacher_free, name)), name
