@@ -107,11 +107,11 @@ def timm_name(name):
     return f'blocks.{stage}.{i}.{(later if stage else first)[layer]}.{rest}'
 
 
-def public_file(backbone, folder, corrupt=False):
+def public_file(backbone, make, folder):
     """A file in the public form with random weights -> (its path, the weights). Its name carries its SHA-256."""
     torch.manual_seed(0)
     state = {k: torch.randn_like(v) if v.is_floating_point() else v
-             for k, v in distributional.FEATURES[backbone][0]().state_dict().items() if not k.startswith('resize')}
+             for k, v in make().state_dict().items() if not k.startswith('resize')}
     extra = dict(efficientnet=['_conv_head.weight', '_bn1.running_mean', '_fc.weight'], vgg=['classifier.0.weight'],
                  deit=['norm.weight', 'head.weight', 'head_dist.bias'])[backbone]
     content = state | {k: torch.zeros(2) for k in extra}
@@ -124,17 +124,17 @@ def public_file(backbone, folder, corrupt=False):
     return path, state
 
 
-@pytest.mark.parametrize('backbone, sizes', [
-    ('efficientnet', [(24, 56), (40, 28), (112, 14), (320, 7)]), ('vgg', [(128, 112), (256, 56), (512, 28), (512, 14)]),
-    ('deit', [(96, 56), (192, 28), (384, 14), (768, 7)])])
-def test_feature_networks_read_the_public_files(backbone, sizes, tmp_path, monkeypatch):
+@pytest.mark.parametrize('backbone, make, sizes', [
+    ('efficientnet', distributional.EfficientNetLite0, [(24, 56), (40, 28), (112, 14), (320, 7)]),
+    ('vgg', distributional.VGG16BN, [(128, 112), (256, 56), (512, 28), (512, 14)]),
+    ('deit', functools.partial(distributional.DeiT, c=48), [(96, 56), (192, 28), (384, 14), (768, 7)])])  # narrow
+def test_feature_networks_read_the_public_files(backbone, make, sizes, tmp_path, monkeypatch):
     """Fetched from a server, checked, cached, every tensor in its place; or from --features-dir."""
-    path, state = public_file(backbone, tmp_path)
+    path, state = public_file(backbone, make, tmp_path)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, 'log_message', lambda *_: None)
     httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    make = distributional.FEATURES[backbone][0]
     url = f'http://127.0.0.1:{httpd.server_port}/{path.name}'
     monkeypatch.setitem(distributional.FEATURES, backbone, (make, url))
     monkeypatch.setenv('ONE_STEP_CACHE', str(tmp_path / 'cache'))

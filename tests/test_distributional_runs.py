@@ -174,7 +174,7 @@ def test_cost(common, tiny, tmp_path):
 
 
 def test_prepared_data_without_classes(tmp_path):
-    """A folder of images of an unconditional network; two processes."""
+    """A folder of images of an unconditional network."""
     rng = np.random.default_rng(0)
     (tmp_path / 'data').mkdir()
     np.save(tmp_path / 'data' / 'images.npy', rng.integers(0, 256, [64, 16, 16, 3], dtype=np.uint8))
@@ -184,7 +184,7 @@ def test_prepared_data_without_classes(tmp_path):
     assert done.returncode == 0, done.stderr
     path = tmp_path / 'teacher' / 'teacher-000000.pt'
     done = run(ROOT / 'distributional.py', *data, '--teacher', path, '--features', 'pixels', '--eval-images', '20',
-               '--backbones', 'unet', '--out', tmp_path / 'run', processes=2)
+               '--backbones', 'unet', '--out', tmp_path / 'run')
     assert done.returncode == 0 and 'pixel-FD' in done.stdout, done.stderr
 
 
