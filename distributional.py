@@ -66,13 +66,13 @@ from edm_nets import atomic_save
 # the paper's best figure has it: everywhere but on AFHQv2. --d-lr is before the correction for lazy R1 (StyleGAN2).
 # They stopped at the snapshot with the lowest FID, after 5 to 9 million images. None of these rows was run.
 # `shapes` was chosen here by pixel-FD, in runs of 15 to 90 kimg of one seed: `energy`, because `unet` stayed at 5.6;
-# gamma 1 for both (with 0.1 the colours collapse, with 4 little is learned); rates twice as high with ln sigma around
+# gamma 0.5 or 1 (with 0.1 the colours collapse, with 4 little is learned); rates twice as high with ln sigma around
 # -0.7 collapse the colours too. sigma_init 2.5, because the small teacher hardly saw 80: 7.3 against 10.0 after
-# 18 kimg of `unet`. r1_gamma is for feature networks; U-Nets alone have 1, f-distill's on CIFAR-10 (on ImageNet it has
-# none). On real data the U-Nets would use d_lr of the projected heads; DMD2's own on ImageNet is 2e-6. Untried.
+# 18 kimg of `unet`. U-Nets in place of a row's own backbones get gamma 1, f-distill's on CIFAR-10 (on ImageNet it has
+# none), and the d_lr of the projected heads; DMD2's own on ImageNet is 2e-6. Untried.
 
 PRESETS = {
-    'shapes':     dict(batch=32,   lr=1e-4, d_lr=3e-4, r1_gamma=3.1e-6, sigma_init=2.5, freeze=0,
+    'shapes':     dict(batch=32,   lr=1e-4, d_lr=3e-4, r1_gamma=0.5,    sigma_init=2.5, freeze=0,
                        backbones=['energy'],               noise=(0.0, 1.6), ema_kimg=500, decay=0.5,
                        teacher=None,                       xflip=False, kimg=50,
                        eval_images=2_000, snapshot_kimg=25, status_kimg=2),
@@ -115,8 +115,8 @@ def parse_args(argv=None):
                    help='what the discriminator looks through (%(default)s)')
     p.add_argument('--features-dir', metavar='PATH', help='folder with the public weight files of the feature networks '
                    '(default: fetched once)')
-    p.add_argument('--r1-gamma', type=float, help='weight of R1; 0: none (default: 1 for U-Nets alone, else '
-                   f'{preset["r1_gamma"]})')
+    p.add_argument('--r1-gamma', type=float, help=f'weight of R1; 0: none (default: {preset["r1_gamma"]}; for other '
+                   '--backbones 1 if all are U-Nets, else 4e-4 / batch)')
     p.add_argument('--r1-interval', type=int, default=16, help='steps from one R1 to the next (%(default)s)')
     p.add_argument('--noise', type=float, nargs=2, metavar=('MEAN', 'STD'), default=preset['noise'],
                    help='of ln sigma, for `unet` and `energy` (%(default)s)')
@@ -136,8 +136,10 @@ def parse_args(argv=None):
     p.add_argument('--eval-images', type=int, default=preset['eval_images'], help='per scoring; 0: none (%(default)s)')
     p.add_argument('--features', choices=['inception', 'pixels'], help='default: pixels for shapes, else inception')
     args = p.parse_args(argv)
-    if args.r1_gamma is None:  # f-distill's for such a discriminator, or the published one
-        args.r1_gamma = 1.0 if set(args.backbones) <= set(UNETS) else preset['r1_gamma']
+    if args.r1_gamma is None and args.backbones == preset['backbones']:
+        args.r1_gamma = preset['r1_gamma']
+    elif args.r1_gamma is None:  # f-distill's for CIFAR-10, or the published one
+        args.r1_gamma = 1.0 if set(args.backbones) <= set(UNETS) else 1e-4 / (args.batch / 4)
     check_positive(p, args, 'kimg batch lr d_lr r1_interval sigma_init snapshot_kimg status_kimg')
     if args.r1_gamma < 0 or args.eval_images < 0 or 0 < args.eval_images < 10:
         p.error('--r1-gamma must not be negative, --eval-images 0 or at least 10')

@@ -463,7 +463,9 @@ def test_flags_are_the_contract():
     assert args.kimg == 0.5 and args.batch == 512 and args.freeze == 1 and args.sigma_init == 80
     assert args.out == 'runs/distributional-imagenet64' and args.backbones == ['deit', 'efficientnet']
     assert distributional.parse_args(['--dataset', 'afhqv2']).freeze == 0
-    assert distributional.parse_args([]).backbones == ['energy'] and distributional.parse_args([]).r1_gamma == 1
+    assert distributional.parse_args([]).backbones == ['energy'] and distributional.parse_args([]).r1_gamma == 0.5
+    assert distributional.parse_args(['--backbones', 'unet']).r1_gamma == 1
+    assert distributional.parse_args(['--dataset', 'cifar10', '--backbones', 'vgg']).r1_gamma == 1e-4 / 64
     for flag in ('data out batch-gpu seed precision compile snapshot-kimg status-kimg sigma-init eval-images').split():
         assert hasattr(args, flag.replace('-', '_'))
     for wrong in (['--backbones', 'resnet'], ['--backbones', 'unet', 'unet'], ['--freeze', '2'], ['--r1-gamma', '-1'],
