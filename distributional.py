@@ -648,6 +648,17 @@ def make_discriminator(args, teacher, dataset, device):
     return Discriminator(parts).to(device), projections
 
 
+def default_teacher(dataset):
+    """Path or URL of the weights to start from; the small teacher on `shapes` is trained if need be. Collective."""
+    return edm_nets.shapes_teacher() if dataset == 'shapes' else edm_nets.OFFICIAL.format(PRESETS[dataset]['teacher'])
+
+
+def choose_trained(student, freeze):
+    """Mark the student's weights that are trained; never map_augment, whose gradient would be zero here."""
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(not (freeze and frozen_by_gdd_i(name) or 'map_augment' in name))
+
+
 def trained(net):
     """The parameters that are trained."""
     return [p for p in net.parameters() if p.requires_grad]
@@ -830,9 +841,7 @@ def train(args):
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
     autocast = make_autocast(args.precision, device)
     os.makedirs(args.out, exist_ok=True)
-    if args.teacher is None:
-        args.teacher = edm_nets.shapes_teacher() if args.dataset == 'shapes' else \
-            edm_nets.OFFICIAL.format(preset['teacher'])
+    args.teacher = args.teacher or default_teacher(args.dataset)
 
     # Resume? `nimg` counts the images shown to the student.
     config = {k: v for k, v in vars(args).items() if k in (
@@ -868,8 +877,7 @@ def train(args):
     student.sigma_init = args.sigma_init
     ema = copy.deepcopy(student).requires_grad_(False)
     del teacher
-    for name, parameter in student.named_parameters():  # map_augment: no augmentation here, its gradient would be zero
-        parameter.requires_grad_(not (args.freeze and frozen_by_gdd_i(name) or 'map_augment' in name))
+    choose_trained(student, args.freeze)
     if args.compile:
         student.compile()
     wrap = functools.partial(DDP, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
@@ -893,7 +901,7 @@ def train(args):
         nimg = resumed = state['nimg']
         for name, part in evolving.items():
             part.load_state_dict(state[name])
-        projections.load_state_dict(state['mixing'], strict=False)
+        projections.load_state_dict(state['mixing'], strict=False)  # the networks inside have their public weights
         print0(f'resuming {args.out} at {nimg / 1000:g} kimg')
     if rank == 0:
         start_log(args.out, state['log_bytes'] if state else 0, args)
@@ -1172,15 +1180,12 @@ def activations(args, levels=24, images=64):
 def cost(args, repeat=5):
     """Print what one training step takes on this machine, part by part: each part alone, the median of `repeat`."""
     _, _, device = setup()
-    if args.teacher is None:
-        args.teacher = edm_nets.shapes_teacher() if args.dataset == 'shapes' else \
-            edm_nets.OFFICIAL.format(PRESETS[args.dataset]['teacher'])
+    args.teacher = args.teacher or default_teacher(args.dataset)
     dataset = rank0_first(data.open_dataset, args.dataset, args.data)
     student = rank0_first(edm_nets.load, args.teacher)
     discriminator, projections = make_discriminator(args, student, dataset, device)
     student = student.to(device, memory_format=torch.channels_last)
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(not (args.freeze and frozen_by_gdd_i(name) or 'map_augment' in name))
+    choose_trained(student, args.freeze)
     if args.compile:
         student.compile()
     n = args.batch_gpu or args.batch // dist.get_world_size()

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ['PYTHONPATH'] = str(ROOT)
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -61,3 +62,15 @@ def runs(tmp_path_factory):
     done = run(ROOT / 'edm_nets.py', 'train', '--dataset', 'shapes', *TEACHER, '--out', folder / 'teacher')
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope='session')
+def unlabelled(tmp_path_factory):
+    """The flags for a run on a folder of images without labels, and its unconditional teacher."""
+    folder = tmp_path_factory.mktemp('unlabelled')
+    np.save(folder / 'images.npy', np.random.default_rng(0).integers(0, 256, [64, 16, 16, 3], dtype=np.uint8))
+    flags = ['--dataset', 'cifar10', '--data', folder, '--batch', '32', '--kimg', '0.064']
+    done = run(ROOT / 'edm_nets.py', 'train', *flags, '--channels', '8', '--channel-mult', '1', '2', '--blocks', '1',
+               '--attention', '8', '--rampup-kimg', '0.1', '--out', folder / 'teacher')
+    assert done.returncode == 0, done.stderr
+    return [*flags, '--teacher', folder / 'teacher' / 'teacher-000000.pt']

@@ -173,17 +173,9 @@ def test_cost(common, tiny, tmp_path):
     assert not (tmp_path / 'none').exists()
 
 
-def test_prepared_data_without_classes(tmp_path):
+def test_prepared_data_without_classes(unlabelled, tmp_path):
     """A folder of images of an unconditional network."""
-    rng = np.random.default_rng(0)
-    (tmp_path / 'data').mkdir()
-    np.save(tmp_path / 'data' / 'images.npy', rng.integers(0, 256, [64, 16, 16, 3], dtype=np.uint8))
-    data = ['--dataset', 'cifar10', '--data', tmp_path / 'data', '--batch', '32', '--kimg', '0.064']
-    done = run(ROOT / 'edm_nets.py', 'train', *data, '--channels', '8', '--channel-mult', '1', '2', '--blocks', '1',
-               '--attention', '8', '--rampup-kimg', '0.1', '--out', tmp_path / 'teacher')
-    assert done.returncode == 0, done.stderr
-    path = tmp_path / 'teacher' / 'teacher-000000.pt'
-    done = run(ROOT / 'distributional.py', *data, '--teacher', path, '--features', 'pixels', '--eval-images', '20',
+    done = run(ROOT / 'distributional.py', *unlabelled, '--features', 'pixels', '--eval-images', '20',
                '--backbones', 'unet', '--out', tmp_path / 'run')
     assert done.returncode == 0 and 'pixel-FD' in done.stdout, done.stderr
 
