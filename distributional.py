@@ -62,35 +62,34 @@ from edm_nets import atomic_save
 # ----------------------------------------------------------------------------------------------------
 # Settings. Rows of real data sets: the authors' released commands (their tables could not be read), with two changes
 # of form. Their loss is summed over the images of a GPU while R1 is a mean, and Adam does not care for the scale of
-# the first; for means alike, gamma = 1e-4 / images per GPU on the four GPUs of those commands. And --freeze is on where
-# the paper's best figure has it: everywhere but on AFHQv2. --d-lr is before the correction for lazy R1 (StyleGAN2).
-# They stopped at the snapshot with the lowest FID, after 5 to 9 million images. None of these rows was run.
-# `shapes` was chosen here by pixel-FD, in runs of 15 to 90 kimg of one seed: `energy`, because `unet` stayed at 5.6;
-# gamma 0.5 or 1 (with 0.1 the colours collapse, with 4 little is learned); rates twice as high with ln sigma around
-# -0.7 collapse the colours too. sigma_init 2.5, because the small teacher hardly saw 80: 7.3 against 10.0 after
-# 18 kimg of `unet`. U-Nets in place of a row's own backbones get gamma 1, f-distill's on CIFAR-10 (on ImageNet it has
-# none), and the d_lr of the projected heads; DMD2's own on ImageNet is 2e-6. Untried.
+# the first; for means alike, gamma = 1e-4 / images per GPU on the four GPUs of those commands, 4e-4 / batch. And
+# --freeze is on where the paper's best figure has it: everywhere but on AFHQv2. --d-lr is before the correction for
+# lazy R1 (StyleGAN2). They stopped at the snapshot with the lowest FID, after 5 to 9 million images. None was run.
+#
+# U-Nets in place of a row's own backbones get gamma 1, f-distill's on CIFAR-10 (on ImageNet it has none), and the d_lr
+# of the projected heads; DMD2's own on ImageNet is 2e-6. Untried but on `shapes`.
+#
+# `shapes` was chosen here by pixel-FD, in runs of one seed. `energy`: behind `unet` the ground stays grainy. gamma 1:
+# with 0.1 the colours collapse, with 4 little is learned. beta2 0.99, as published: with 0.999 Adam's step can be 31
+# times its rate, and one large R1 gradient wipes out what the discriminator knows. The rate falls for the student
+# alone: where both fell, the discriminator could not follow and colours ran off. sigma_init 2.5, because the small
+# teacher hardly saw 80.
 
 PRESETS = {
-    'shapes':     dict(batch=32,   lr=1e-4, d_lr=3e-4, r1_gamma=0.5,    sigma_init=2.5, freeze=0,
-                       backbones=['energy'],               noise=(0.0, 1.6), ema_kimg=500, decay=0.5,
-                       teacher=None,                       xflip=False, kimg=50,
-                       eval_images=2_000, snapshot_kimg=25, status_kimg=2),
-    'cifar10':    dict(batch=256,  lr=1e-4, d_lr=1e-4, r1_gamma=1.6e-6, sigma_init=80, freeze=1,
-                       backbones=['vgg', 'efficientnet'],  noise=(0.0, 1.6), ema_kimg=500, decay=0.0,
-                       teacher='cifar10-32x32-uncond-ve',  xflip=False, kimg=5_000,
+    'shapes':     dict(batch=32,  lr=1e-4, d_lr=3e-4, sigma_init=2.5, freeze=0, backbones=['energy'],
+                       teacher=None,                      kimg=50,     ema_kimg=500,    decay=0.5,
+                       eval_images=2_000,  snapshot_kimg=10,  status_kimg=2),
+    'cifar10':    dict(batch=256, lr=1e-4, d_lr=1e-4, sigma_init=80,  freeze=1, backbones=['vgg', 'efficientnet'],
+                       teacher='cifar10-32x32-uncond-ve', kimg=5_000,  ema_kimg=500,    decay=0.0,
                        eval_images=10_000, snapshot_kimg=250, status_kimg=10),
-    'ffhq64':     dict(batch=256,  lr=2e-5, d_lr=4e-5, r1_gamma=1.6e-6, sigma_init=80, freeze=1,
-                       backbones=['deit', 'efficientnet'], noise=(0.0, 1.6), ema_kimg=500, decay=0.0,
-                       teacher='ffhq-64x64-uncond-ve',     xflip=False, kimg=10_000,
+    'ffhq64':     dict(batch=256, lr=2e-5, d_lr=4e-5, sigma_init=80,  freeze=1, backbones=['deit', 'efficientnet'],
+                       teacher='ffhq-64x64-uncond-ve',    kimg=10_000, ema_kimg=500,    decay=0.0,
                        eval_images=10_000, snapshot_kimg=250, status_kimg=10),
-    'afhqv2':     dict(batch=256,  lr=2e-5, d_lr=4e-5, r1_gamma=1.6e-6, sigma_init=80, freeze=0,
-                       backbones=['deit', 'efficientnet'], noise=(0.0, 1.6), ema_kimg=500, decay=0.0,
-                       teacher='afhqv2-64x64-uncond-ve',   xflip=False, kimg=10_000,
+    'afhqv2':     dict(batch=256, lr=2e-5, d_lr=4e-5, sigma_init=80,  freeze=0, backbones=['deit', 'efficientnet'],
+                       teacher='afhqv2-64x64-uncond-ve',  kimg=10_000, ema_kimg=500,    decay=0.0,
                        eval_images=10_000, snapshot_kimg=250, status_kimg=10),
-    'imagenet64': dict(batch=512,  lr=8e-6, d_lr=4e-5, r1_gamma=7.8e-7, sigma_init=80, freeze=1,
-                       backbones=['deit', 'efficientnet'], noise=(0.0, 1.6), ema_kimg=50_000, decay=0.0,
-                       teacher='imagenet-64x64-cond-adm',  xflip=False, kimg=10_000,
+    'imagenet64': dict(batch=512, lr=8e-6, d_lr=4e-5, sigma_init=80,  freeze=1, backbones=['deit', 'efficientnet'],
+                       teacher='imagenet-64x64-cond-adm', kimg=10_000, ema_kimg=50_000, decay=0.0,
                        eval_images=10_000, snapshot_kimg=250, status_kimg=10),
 }
 
@@ -115,10 +114,10 @@ def parse_args(argv=None):
                    help='what the discriminator looks through (%(default)s)')
     p.add_argument('--features-dir', metavar='PATH', help='folder with the public weight files of the feature networks '
                    '(default: fetched once)')
-    p.add_argument('--r1-gamma', type=float, help=f'weight of R1; 0: none (default: {preset["r1_gamma"]}; for other '
-                   '--backbones 1 if all are U-Nets, else 4e-4 / batch)')
+    p.add_argument('--r1-gamma', type=float, help='weight of R1; 0: none (default: 4e-4 / batch; if --backbones are '
+                   'all U-Nets, 1)')
     p.add_argument('--r1-interval', type=int, default=16, help='steps from one R1 to the next (%(default)s)')
-    p.add_argument('--noise', type=float, nargs=2, metavar=('MEAN', 'STD'), default=preset['noise'],
+    p.add_argument('--noise', type=float, nargs=2, metavar=('MEAN', 'STD'), default=(0.0, 1.6),
                    help='of ln sigma, for `unet` and `energy` (%(default)s)')
     p.add_argument('--sigma-init', type=float, default=preset['sigma_init'], help='of the one step (%(default)s)')
     p.add_argument('--teacher-student-fd', type=int, nargs='+', metavar='STEPS', default=[],
@@ -136,10 +135,8 @@ def parse_args(argv=None):
     p.add_argument('--eval-images', type=int, default=preset['eval_images'], help='per scoring; 0: none (%(default)s)')
     p.add_argument('--features', choices=['inception', 'pixels'], help='default: pixels for shapes, else inception')
     args = p.parse_args(argv)
-    if args.r1_gamma is None and args.backbones == preset['backbones']:
-        args.r1_gamma = preset['r1_gamma']
-    elif args.r1_gamma is None:  # f-distill's for CIFAR-10, or the published one
-        args.r1_gamma = 1.0 if set(args.backbones) <= set(UNETS) else 1e-4 / (args.batch / 4)
+    if args.r1_gamma is None:
+        args.r1_gamma = 1.0 if set(args.backbones) <= set(UNETS) else 4e-4 / args.batch
     check_positive(p, args, 'kimg batch lr d_lr r1_interval sigma_init snapshot_kimg status_kimg')
     if args.r1_gamma < 0 or args.eval_images < 0 or 0 < args.eval_images < 10:
         p.error('--r1-gamma must not be negative, --eval-images 0 or at least 10')
@@ -147,8 +144,9 @@ def parse_args(argv=None):
         p.error('--backbones: each at most once')
     if min(args.teacher_student_fd, default=2) < 2 or (args.teacher_student_fd or args.sweep) and not args.eval_images:
         p.error('--teacher-student-fd needs numbers of steps of at least 2; it and --sweep need --eval-images')
-    if args.sweep and (args.teacher_student_fd or args.activations) or args.seeds and not args.sweep:
-        p.error('--sweep trains and scores; the analyses come after one run, and --seeds belongs to --sweep')
+    analyses = args.teacher_student_fd or args.activations
+    if (args.sweep and args.cost) or (args.sweep or args.cost) and analyses or args.seeds and not args.sweep:
+        p.error('--sweep, --cost and the analyses, which come after one run, go one at a time; --seeds: with --sweep')
     if args.dataset == 'shapes' and args.data:
         p.error('--data: shapes is drawn on the fly; name the --dataset that the folder stands for')
     args.features = args.features or ('pixels' if args.dataset == 'shapes' else 'inception')
@@ -157,7 +155,7 @@ def parse_args(argv=None):
 
 # ----------------------------------------------------------------------------------------------------
 # The method. Images are float32 [N, C, R, R] in [-1, 1]; logits are a list, one [N, J_k] for each backbone, J_k
-# patches of four scales.
+# patches of four scales; from `unet` one for each resolution, from `energy` one.
 
 
 def generator_loss(fake_logits):
@@ -408,7 +406,7 @@ class Projection(nn.Module):
         """images [N, 3, R, R] in [-1, 1] -> the network's own four maps, of 224 px."""
         x = ((images + 1) / 2 - self.mean) / self.std
         x = F.interpolate(x, size=(224, 224), mode='bilinear', align_corners=False)
-        return self.network(x.contiguous(memory_format=torch.channels_last))
+        return self.network(x)  # in channels_last throughout, if its weights are
 
     def forward(self, images):
         """images [N, 3, R, R] in [-1, 1] -> [N, 64 | 64 | 128 | 256, r, r], r = 112, 56, 28, 14; VGG: twice that."""
@@ -454,7 +452,7 @@ class GlobalBatchNorm(nn.Module):
         return x * (self.weight * (var + self.eps).rsqrt())[:, None, None] + self.bias[:, None, None]
 
 
-class Conv(nn.Conv2d):
+class SpectralConv(nn.Conv2d):
     """A convolution whose spectral norm is taken in float32, also under autocast."""
 
     def forward(self, x):
@@ -468,9 +466,9 @@ def projected_head(c, size, out):
     layers = []
     while size > 8:
         size, width = size // 2, {8: 512, 16: 256, 32: 128, 64: 64}[size // 2]
-        layers += [spectral_norm(Conv(c, width, 4, 2, 1)), GlobalBatchNorm(width), nn.LeakyReLU(0.2)]
+        layers += [spectral_norm(SpectralConv(c, width, 4, 2, 1)), GlobalBatchNorm(width), nn.LeakyReLU(0.2)]
         c = width
-    return nn.Sequential(*layers, spectral_norm(Conv(c, out, 4, bias=False)))
+    return nn.Sequential(*layers, spectral_norm(SpectralConv(c, out, 4, bias=False)))
 
 
 class ProjectedHeads(nn.Module):
@@ -485,7 +483,8 @@ class ProjectedHeads(nn.Module):
         self.heads = nn.ModuleList(
             projected_head(c, size, out) for c, size in zip((64, 64, 128, 256), (128, 64, 32, 16)))
         if class_means is not None:
-            self.embeddings = nn.ModuleList(nn.Embedding.from_pretrained(class_means, freeze=False) for _ in range(4))
+            self.embeddings = nn.ModuleList(
+                nn.Embedding.from_pretrained(class_means.clone(), freeze=False) for _ in range(4))
             self.maps = nn.ModuleList(nn.Linear(class_means.shape[1], 64) for _ in range(4))
             for layer in self.maps:  # StyleGAN's equalised learning rate: N(0, 1), scaled when used
                 nn.init.normal_(layer.weight)
@@ -515,53 +514,60 @@ def unet_head(c, size):
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * size ** 2, 1))
 
 
-def pretrained_unet(teacher):
-    """A copy of the teacher's U-Net to be trained on, without dropout and without labels of augmentation."""
-    model = copy.deepcopy(teacher.model)
-    model.map_augment, model.label_dropout = None, 0
-    for block in model.modules():
-        if isinstance(block, edm_nets.UNetBlock):
-            block.dropout = 0
-    return model
+class OnUNet(nn.Module):
+    """A discriminator on a copy of the diffusion model's U-Net, trained on, without dropout or labels of augmentation.
 
-
-class UNetHeads(nn.Module):
-    """The pretrained encoder of the diffusion model, trained on, with a head on the last map of every resolution.
-
-    DMD2's discriminator, but with heads on all resolutions instead of the deepest alone (f-distill: 32, 16, 8 on
-    CIFAR-10), and the encoder learns from the GAN loss, having no other. It is told the noise level of its input, and
-    the labels. No normalisation in the heads: R1 needs the size of the features, and images do not depend on one
-    another.
+    It is told the noise level of its input, and the labels.
     """
 
     def __init__(self, teacher):
         super().__init__()
         self.label_dim, self.sigma_data = teacher.label_dim, teacher.sigma_data
-        self.model = pretrained_unet(teacher)
+        self.model = copy.deepcopy(teacher.model)
+        self.model.map_augment, self.model.label_dropout = None, 0
+        for block in self.model.modules():
+            if isinstance(block, edm_nets.UNetBlock):
+                block.dropout = 0
+
+    def inputs(self, view, labels):
+        """view: x_t [N, C, R, R] and sigma [N, 1, 1, 1]; labels int64 [N] -> what the U-Net takes: c_in x_t, c_noise,
+        one-hot labels or None."""
+        x_t, sigma = view
+        one_hot = F.one_hot(labels, self.label_dim).to(torch.float32) if self.label_dim else None
+        return x_t / (self.sigma_data ** 2 + sigma ** 2).sqrt(), sigma.flatten().log() / 4, one_hot
+
+
+class UNetHeads(OnUNet):
+    """Heads on the encoder, one on the last map of every resolution.
+
+    DMD2's discriminator, but with heads on all resolutions instead of the deepest alone (f-distill: 32, 16, 8 on
+    CIFAR-10), and the encoder learns from the GAN loss, having no other. No normalisation in the heads: R1 needs the
+    size of the features, and images do not depend on one another.
+    """
+
+    def __init__(self, teacher):
+        super().__init__(teacher)
         for name in ('dec', 'out_norm', 'out_conv'):
             if hasattr(self.model, name):
                 delattr(self.model, name)
         x = torch.zeros([1, teacher.img_channels, teacher.img_resolution, teacher.img_resolution])
         with torch.no_grad():
-            maps = self.pyramid(x, torch.ones([1, 1, 1, 1]), torch.zeros([1, self.label_dim]))
+            maps = self.pyramid((x, torch.ones([1, 1, 1, 1])), torch.zeros([1], dtype=torch.int64))
         self.heads = nn.ModuleList(unet_head(h.shape[1], h.shape[2]) for h in maps)
 
-    def pyramid(self, x_t, sigma, labels):
+    def pyramid(self, view, labels):
         """The encoder's last activation of every resolution, fine to coarse: [N, C, R, R], [N, C', R/2, R/2], ..."""
-        x, c_noise = x_t / (self.sigma_data ** 2 + sigma ** 2).sqrt(), sigma.flatten().log() / 4  # EDM: c_in x_t
-        skips, _ = self.model.encode(x, c_noise, labels if self.label_dim else None)
+        skips, _ = self.model.encode(*self.inputs(view, labels))
         return list({h.shape[-1]: h for h in skips}.values())
 
     def forward(self, view, labels):
         """view: x_t [N, C, R, R] and sigma [N, 1, 1, 1]; labels int64 [N] -> logits float32 [N, J]."""
-        x_t, sigma = view
-        one_hot = F.one_hot(labels, self.label_dim).to(torch.float32) if self.label_dim else None
-        maps = self.pyramid(x_t, sigma, one_hot)
+        maps = self.pyramid(view, labels)
         return torch.cat([head(h).to(torch.float32) for head, h in zip(self.heads, maps)], dim=1)
 
 
-class UNetEnergy(nn.Module):
-    """The whole pretrained U-Net, trained on; its logit is a quadratic form of its output F_x and input x = c_in x_t,
+class UNetEnergy(OnUNet):
+    """The whole U-Net; its logit is a quadratic form of its output F_x and input x = c_in x_t,
 
         l = sqrt(d) (a_1 [x F_x] + a_2 [F_x^2] + a_3 [x^2] + a_0),    [.] the mean of an image's d numbers, a = a(sigma)
 
@@ -570,18 +576,14 @@ class UNetEnergy(nn.Module):
     """
 
     def __init__(self, teacher):
-        super().__init__()
-        self.label_dim, self.sigma_data = teacher.label_dim, teacher.sigma_data
-        self.model = pretrained_unet(teacher)
+        super().__init__(teacher)
         self.out = nn.Sequential(nn.Linear(1, 32), nn.SiLU(), nn.Linear(32, 4))  # c_noise -> a_1, a_2, a_3, a_0
         nn.init.zeros_(self.out[-1].weight)  # at first l = 0: nothing is known
         nn.init.zeros_(self.out[-1].bias)
 
     def forward(self, view, labels):
         """view: x_t [N, C, R, R] and sigma [N, 1, 1, 1]; labels int64 [N] -> logit float32 [N, 1]."""
-        x_t, sigma = view
-        one_hot = F.one_hot(labels, self.label_dim).to(torch.float32) if self.label_dim else None
-        x, c_noise = x_t / (self.sigma_data ** 2 + sigma ** 2).sqrt(), sigma.flatten().log() / 4  # EDM: c_in x_t
+        x, c_noise, one_hot = self.inputs(view, labels)
         F_x = self.model.decode(*self.model.encode(x, c_noise, one_hot)).to(torch.float32)
         with torch.autocast(x.device.type, enabled=False):  # l is a small difference of large sums
             a = self.out(c_noise[:, None])
@@ -590,7 +592,7 @@ class UNetEnergy(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """All that is trained of the discriminator: heads by backbone, {'unet': UNetHeads, 'vgg': ProjectedHeads, ...}."""
+    """All that is trained of the discriminator: by backbone, {'unet': UNetHeads, 'vgg': ProjectedHeads, ...}."""
 
     def __init__(self, parts):
         super().__init__()
@@ -616,12 +618,12 @@ def look(images, projections, noise):
 def class_means(projection, dataset, per_class=50, batch=32):
     """Mean over images and pixels of the deepest features of the dataset's own classes -> float32 [label_dim, E].
 
-    From about `per_class` images of each class; a class that is not among them gets the mean of all. Every feature
-    network has its own (DeiT's through its random convolutions), where published ones all have EfficientNet's. The
-    published table was made on ImageNet; its rows 0-9 (fish, then birds) serve for the classes of CIFAR-10 too.
+    From about `per_class` images of each class, fewer where that would be more than 10,000; a class that is not among
+    them gets the mean of all. The published code starts the embeddings of every network from EfficientNet's means over
+    ImageNet (DeiT's too), and those of CIFAR-10's classes from its rows 0-9, fish and birds.
     """
     device = next(projection.parameters()).device
-    indices, _ = data.batch_order(0, 0, min(per_class * dataset.label_dim, len(dataset)), len(dataset))
+    indices, _ = data.batch_order(0, 0, min(per_class * dataset.label_dim, 10_000, len(dataset)), len(dataset))
     total, counts = 0, torch.zeros([dataset.label_dim])
     for part in np.array_split(indices, -(-len(indices) // batch)):
         features = projection.raw(data.to_float(dataset.images(part).to(device)))[-1].mean([2, 3]).float().cpu()
@@ -651,6 +653,17 @@ def make_discriminator(args, teacher, dataset, device):
 def default_teacher(dataset):
     """Path or URL of the weights to start from; the small teacher on `shapes` is trained if need be. Collective."""
     return edm_nets.shapes_teacher() if dataset == 'shapes' else edm_nets.OFFICIAL.format(PRESETS[dataset]['teacher'])
+
+
+def open_both(args):
+    """(dataset, network to start from). Collective. Raises OSError; ValueError if they do not fit each other."""
+    dataset = rank0_first(data.open_dataset, args.dataset, args.data)
+    teacher = rank0_first(edm_nets.load, args.teacher)
+    if dataset.resolution != teacher.img_resolution:
+        raise ValueError(f'{args.teacher} makes images of {teacher.img_resolution} px, not {dataset.resolution}')
+    if teacher.label_dim and not 0 < dataset.label_dim <= teacher.label_dim:
+        raise ValueError(f'{args.teacher} knows {teacher.label_dim} classes, the data has {dataset.label_dim}')
+    return dataset, teacher
 
 
 def choose_trained(student, freeze):
@@ -848,9 +861,9 @@ def train(args):
         'dataset', 'data', 'teacher', 'batch', 'lr', 'd_lr', 'freeze', 'backbones', 'r1_gamma', 'r1_interval', 'noise',
         'sigma_init', 'features', 'seed', 'precision')}
     if not set(args.backbones) <= set(UNETS):
-        config['batchnorm_images'] = world_size * (rounds[0].stop - rounds[0].start)  # BatchNorm sees so many
+        config['batchnorm_images'] = world_size * (rounds[0].stop - rounds[0].start)  # of one statistic of BatchNorm
     if preset['decay']:
-        config['kimg'] = args.kimg  # the rates depend on it
+        config['kimg'] = args.kimg  # the student's rate depends on it
     config = json.loads(json.dumps(config))  # lists for tuples, as they will be read back
     state, total = load_checkpoint(args.out, config), args.kimg * 1000
     if state and state['nimg'] >= total:
@@ -858,13 +871,8 @@ def train(args):
         return False
 
     # Data.
-    dataset = rank0_first(data.open_dataset, args.dataset, args.data)
-    teacher = rank0_first(edm_nets.load, args.teacher)
+    dataset, teacher = open_both(args)
     classes = teacher.label_dim
-    if dataset.resolution != teacher.img_resolution:
-        raise ValueError(f'{args.teacher} makes images of {teacher.img_resolution} px, not {dataset.resolution}')
-    if classes and not 0 < dataset.label_dim <= classes:
-        raise ValueError(f'{args.teacher} knows {classes} classes, the data has {dataset.label_dim}')
     ruler = args.eval_images and fid.Ruler(
         dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
 
@@ -883,18 +891,19 @@ def train(args):
     wrap = functools.partial(DDP, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
     ddp_student, ddp_discriminator = wrap(student), wrap(discriminator)
     warnings.filterwarnings('ignore', message='Grad strides do not match')  # R1: of weights with one row, harmless
-    a, b, c = (sum(p.numel() for p in parameters) / 1e6 for parameters in (
+    n_trained, n_student, n_discriminator = (sum(p.numel() for p in parameters) / 1e6 for parameters in (
         trained(student), student.parameters(), trained(discriminator)))
-    print0(f'distributional: {a:.2f} of {b:.2f} M parameters of the student are trained ({1 - a / b:.2%} frozen), '
-           f'{c:.2f} M of the discriminator on {" + ".join(args.backbones)}; {world_size} process(es), {device}')
+    print0(f'distributional: {n_trained:.2f} of {n_student:.2f} M parameters of the student are trained '
+           f'({1 - n_trained / n_student:.2%} frozen), {n_discriminator:.2f} M of the discriminator on '
+           f'{" + ".join(args.backbones)}; {world_size} process(es), {device}')
 
     # Optimizers. Every R1 is a step of its own, which the discriminator's Adam is corrected for, as in StyleGAN2.
     lazy = args.r1_interval / (args.r1_interval + 1) if args.r1_gamma else 1
     optimizer = torch.optim.Adam(trained(student), lr=args.lr, betas=(0.0, 0.99), fused=True)
     d_optimizer = torch.optim.Adam(trained(discriminator), lr=args.d_lr * lazy, betas=(0.0, 0.99 ** lazy), fused=True)
 
-    # Where the run stands. `evolving`, the count and the length of the log are the whole state, and the random
-    # convolutions, which no later version of torch may draw anew.
+    # Where the run stands: `evolving`, the count, the length of the log, and the random convolutions, saved because
+    # another version of torch may draw others.
     nimg, resumed = 0, None
     evolving = dict(student=student, ema=ema, discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer)
     if state:
@@ -938,12 +947,12 @@ def train(args):
         # the real images are those of the generated ones.
         generator = data.step_generator(args.seed, nimg, 0, device)
         z_student, z_discriminator = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
-        noises = [draw_noise(shape, generator, *args.noise) for _ in range(2)]  # (sigma, eps): real and fake share them
-        indices, flips = data.batch_order(args.seed, nimg, args.batch, len(dataset))
+        student_noise, d_noise = (draw_noise(shape, generator, *args.noise) for _ in range(2))  # (sigma, eps) each
+        indices, _ = data.batch_order(args.seed, nimg, args.batch, len(dataset))  # never mirrored
         labels = dataset.labels(indices).to(device) if classes else no_labels
         one_hot = F.one_hot(labels, max(classes, 1))
         fall = min((1 - nimg / total) / preset['decay'], 1) if preset['decay'] else 1
-        optimizer.param_groups[0]['lr'], d_optimizer.param_groups[0]['lr'] = args.lr * fall, args.d_lr * lazy * fall
+        optimizer.param_groups[0]['lr'] = args.lr * fall  # the discriminator's stays: it has to follow
 
         # Update the student. Not through the discriminator's DDP: its weights get no gradient here.
         discriminator.requires_grad_(False)
@@ -952,7 +961,7 @@ def train(args):
             with sync_last(i, rounds, ddp_student):
                 with autocast():
                     fake = edm_nets.one_step(ddp_student, z_student[rows], one_hot[rows], args.sigma_init)
-                    view = look(fake, projections, [part[rows] for part in noises[0]])
+                    view = look(fake, projections, [part[rows] for part in student_noise])
                     fake_logits, = discriminator(view, labels=labels[rows])
                 loss = generator_loss(fake_logits)
                 (loss / len(rounds)).backward()
@@ -966,13 +975,12 @@ def train(args):
         reals = []
         for i, rows in enumerate(rounds):
             discriminator.train(i == 0)
-            images = data.mirror(dataset.images(indices[rows]), flips[rows] & preset['xflip'])
-            reals.append(data.to_float(images.to(device)))
+            reals.append(data.to_float(dataset.images(indices[rows]).to(device)))
             with sync_last(i, rounds, ddp_discriminator):
                 with autocast():
                     with torch.no_grad():
                         fake = edm_nets.one_step(student, z_discriminator[rows], one_hot[rows], args.sigma_init)
-                        views = [look(x, projections, [part[rows] for part in noises[1]]) for x in (reals[i], fake)]
+                        views = [look(x, projections, [part[rows] for part in d_noise]) for x in (reals[i], fake)]
                     real_logits, fake_logits = ddp_discriminator(*views, labels=labels[rows])
                 loss = discriminator_loss(real_logits, fake_logits)
                 (loss / len(rounds)).backward()
@@ -987,7 +995,7 @@ def train(args):
                 with sync_last(i, rounds, ddp_discriminator):
                     real = reals[i].requires_grad_(True)
                     with autocast(), sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
-                        view = look(real, projections, [part[rows] for part in noises[1]])
+                        view = look(real, projections, [part[rows] for part in d_noise])
                         real_logits, = ddp_discriminator(view, labels=labels[rows])
                     penalty = r1_penalty(real_logits, real)
                     loss = args.r1_interval * args.r1_gamma / 2 * penalty
@@ -998,6 +1006,9 @@ def train(args):
             d_optimizer.zero_grad(set_to_none=True)
         nimg += args.batch
     dist.barrier()  # guards the last files
+    if ruler:
+        path, scores = best_snapshot(args.out)
+        print0(f'lowest {ruler.name} on the way: {scores[ruler.name]:.3f}, {path}')
     return True
 
 
@@ -1005,9 +1016,18 @@ def read_scores(out):
     """The first and the last line with scores of a run: (student before, student after)."""
     with open(f'{out}/stats.jsonl') as f:
         lines = [stats for stats in map(json.loads, f) if 'images' in stats]
-    if not lines:
-        raise ValueError(f'{out} was run without scores: repeat it with another --out, or with --eval-images 0')
+    if not lines or lines[0]['kimg']:
+        raise ValueError(f'{out} was begun without scores: repeat it with another --out, or with --eval-images 0')
     return lines[0], lines[-1]
+
+
+def best_snapshot(out):
+    """(path, scores) of the snapshot closest to the data. The authors stopped there, and report its score."""
+    with open(f'{out}/stats.jsonl') as f:
+        lines = [stats for stats in map(json.loads, f) if 'images' in stats and stats['kimg']]
+    latest = {int(stats['kimg']): stats for stats in lines}  # a file is named by whole kimg: the last one has it
+    scores = min(latest.values(), key=lambda stats: stats.get('FID', stats.get('pixel-FD')))
+    return f'{out}/student-{int(scores["kimg"]):06d}.pt', scores
 
 
 SCORES = ['FID', 'pixel-FD', 'precision', 'recall', 'IS', 'valid', 'coverage', 'tv']
@@ -1039,6 +1059,9 @@ def summarize(args):
         rows['data, other images'] = ruler.score(data.Shapes(args.eval_images, seed=1).images, args.eval_images)
         rows['teacher, 18 steps'] = ruler.score(lambda i: edm_nets.generate(teacher, i, 18), args.eval_images)
         rows['student before'], rows['student after'] = read_scores(args.out)
+        best = best_snapshot(args.out)[1]
+        if best['kimg'] < rows['student after']['kimg']:
+            rows[f'lowest, at {best["kimg"]:g} kimg'] = best
         report(rows, f'{args.out}/summary.txt')
     if dist.get_rank() == 0:
         data.save_panels({
@@ -1066,7 +1089,7 @@ def sweep(args):
                 runs.append(read_scores(out)[1])
             except FloatingPointError as error:  # on all ranks alike
                 print0(f'{out}: {error}')
-        name = f'{args.sweep} {value}' if len(runs) == len(seeds) else f'{value} ({len(runs)} of {len(seeds)} runs)'
+        name = f'{args.sweep} {value}' + (f' ({len(runs)} of {len(seeds)})' if len(runs) < len(seeds) else '')
         rows[name] = {}
         for c in SCORES:
             scores = [run_scores[c] for run_scores in runs if c in run_scores]
@@ -1178,18 +1201,21 @@ def activations(args, levels=24, images=64):
 
 
 def cost(args, repeat=5):
-    """Print what one training step takes on this machine, part by part: each part alone, the median of `repeat`."""
+    """Print what one training step takes on this machine, part by part: each part alone, the median of `repeat`.
+
+    Below the parts, as ratios to the features' forward pass: what it would take in other ways.
+    """
     _, _, device = setup()
     args.teacher = args.teacher or default_teacher(args.dataset)
-    dataset = rank0_first(data.open_dataset, args.dataset, args.data)
-    student = rank0_first(edm_nets.load, args.teacher)
+    dataset, student = open_both(args)
     discriminator, projections = make_discriminator(args, student, dataset, device)
     student = student.to(device, memory_format=torch.channels_last)
     choose_trained(student, args.freeze)
     if args.compile:
         student.compile()
     n = args.batch_gpu or args.batch // dist.get_world_size()
-    autocast = make_autocast(args.precision or ('bf16' if device.type == 'cuda' else 'fp32'), device)
+    args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
+    autocast = make_autocast(args.precision, device)
     indices, _ = data.batch_order(args.seed, 0, n, len(dataset))
     real = data.to_float(dataset.images(indices).to(device))
     labels = (dataset.labels(indices) if student.label_dim else torch.zeros([n], dtype=torch.int64)).to(device)
@@ -1203,11 +1229,11 @@ def cost(args, repeat=5):
         if grad:
             fake.sum().backward()
 
-    def features(grad):
+    def features(grad, backward=True, autocast=autocast):
         images = real.detach().requires_grad_(grad)
         with torch.set_grad_enabled(grad), autocast():
             view = look(images, projections, noise)
-        if grad:
+        if grad and backward:
             torch.autograd.backward([h.float().sum() for name in projections for h in view[name]])
 
     def heads(of_weights):
@@ -1228,17 +1254,14 @@ def cost(args, repeat=5):
         seen = look(real, projections, noise)
     parts = [('student, forward and backward', 1, lambda: generate(True)),
              ('student, forward', 1, lambda: generate(False)),
-             ('features, there and back to the image', 1, lambda: features(True)),
-             ('features, forward', 2, lambda: features(False)),
+             ('features, there and back to the image', bool(projections), lambda: features(True)),
+             ('features, forward', 2 * bool(projections), lambda: features(False)),
              ('heads, back to the features', 1, lambda: heads(False)),
              ('heads, real and generated', 1, lambda: heads(True)),
              ('R1', 1 / args.r1_interval if args.r1_gamma else 0, r1)]
-    if not projections:
-        parts = [part for part in parts if 'features,' not in part[0]]
-    lines = []
-    for name, count, function in parts:
-        if not count:
-            continue
+
+    def measure(function):
+        """(median seconds, GFLOP per image)"""
         with FlopCounterMode(display=False) as counter:  # and a first call to warm up
             function()
         times = []
@@ -1248,13 +1271,24 @@ def cost(args, repeat=5):
             if device.type == 'cuda':
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-        lines.append((name, count, np.median(times), counter.get_total_flops() / n / 1e9))
+        return np.median(times), counter.get_total_flops() / n / 1e9
+
+    lines = [(name, count, *measure(function)) for name, count, function in parts if count]
     step = sum(count * seconds for _, count, seconds, _ in lines)
     gflop = sum(count * work for _, count, _, work in lines)
-    print0(f'{n} images per GPU, {" + ".join(args.backbones)}, --freeze {args.freeze}, {device}')
+    print0(f'{n} images per GPU, {" + ".join(args.backbones)}, --freeze {args.freeze}, {args.precision}, {device}')
     for name, count, seconds, work in lines:
         print0(f'{name:38s}{work:9.2f} GFLOP/image {seconds:9.3f} s  x {count:<7.4g}{count * seconds / step:6.1%}')
     print0(f'{"a step, without optimizers":38s}{gflop:9.2f} GFLOP/image {step:9.3f} s = {step / n * 1000:.3g} s/kimg')
+    if projections:
+        other = dict(bf16='fp32', fp32='bf16')[args.precision]
+        print0('\nfeatures, forward, in other ways: their time over the time above')
+        as_it_is = measure(lambda: features(False))[0]
+        for name, function in (('keeping a graph', lambda: features(True, backward=False)),
+                               (f'{other}', lambda: features(False, autocast=make_autocast(other, device)))):
+            print0(f'{name:38s}{measure(function)[0] / as_it_is:9.2f}')
+        projections.to(memory_format=torch.contiguous_format)
+        print0(f'{"contiguous, not channels_last":38s}{measure(lambda: features(False))[0] / as_it_is:9.2f}')
 
 
 def main(argv=None):

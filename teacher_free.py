@@ -668,8 +668,8 @@ def read_scores(out):
     """The first and the last line with scores of a run: (student before, student after)."""
     with open(f'{out}/stats.jsonl') as f:
         lines = [stats for stats in map(json.loads, f) if 'images' in stats]
-    if not lines:
-        raise ValueError(f'{out} was run without scores: repeat it with another --out, or with --eval-images 0')
+    if not lines or lines[0]['kimg']:
+        raise ValueError(f'{out} was begun without scores: repeat it with another --out, or with --eval-images 0')
     return lines[0], lines[-1]
 
 

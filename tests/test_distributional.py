@@ -70,7 +70,8 @@ def test_the_published_sums_and_our_means_agree():
         assert torch.allclose(gradients(published), B * gradients(ours), rtol=1e-4, atol=1e-6)
     for dataset, row in distributional.PRESETS.items():
         if dataset != 'shapes':
-            assert row['r1_gamma'] == pytest.approx(1e-4 / (row['batch'] / 4), rel=0.03)  # four GPUs
+            gamma = distributional.parse_args(['--dataset', dataset]).r1_gamma
+            assert gamma == pytest.approx(1e-4 / (row['batch'] / 4), rel=0.03)  # four GPUs
 
 
 @pytest.mark.parametrize('kwargs, frozen, total', [
@@ -286,6 +287,7 @@ def test_projection_and_heads(world):
     assert sum(p.numel() for p in heads.parameters()) == 10_331_328
     conditional = distributional.ProjectedHeads(torch.randn(1000, 320))
     assert 13.7e6 < sum(p.numel() for p in conditional.parameters()) < 13.8e6
+    assert len({layer.weight.data_ptr() for layer in conditional.embeddings}) == 4  # one table per head
     a, b = (conditional(view, torch.tensor([i, i])) for i in (0, 1))
     assert a.shape == (2, 64) and not torch.allclose(a, b)
 
@@ -458,19 +460,29 @@ def test_layer_activity():
     assert again == pytest.approx(float(seen['h'].norm() * 0.5 ** 0.5 / seen['y'].norm()), rel=1e-4)
 
 
+def test_best_snapshot(tmp_path):
+    """The lowest distance of those scored after the start, and the file it belongs to."""
+    scores = [(0, 1.0), (1.024, None), (160.032, 3.5), (200, 2.5), (240, 2.25), (240.5, 2.75)]  # 240.5: the same file
+    (tmp_path / 'stats.jsonl').write_text(''.join(
+        json.dumps(dict(kimg=kimg) if fd is None else {'kimg': kimg, 'images': 10, 'pixel-FD': fd}) + '\n'
+        for kimg, fd in scores))
+    path, best = distributional.best_snapshot(tmp_path)
+    assert path == f'{tmp_path}/student-000200.pt' and best['pixel-FD'] == 2.5
+
+
 def test_flags_are_the_contract():
     args = distributional.parse_args(['--dataset', 'imagenet64', '--kimg', '0.5', '--teacher', 'x.pt'])
     assert args.kimg == 0.5 and args.batch == 512 and args.freeze == 1 and args.sigma_init == 80
     assert args.out == 'runs/distributional-imagenet64' and args.backbones == ['deit', 'efficientnet']
     assert distributional.parse_args(['--dataset', 'afhqv2']).freeze == 0
-    assert distributional.parse_args([]).backbones == ['energy'] and distributional.parse_args([]).r1_gamma == 0.5
+    assert distributional.parse_args([]).backbones == ['energy'] and distributional.parse_args([]).r1_gamma == 1
     assert distributional.parse_args(['--backbones', 'unet']).r1_gamma == 1
     assert distributional.parse_args(['--dataset', 'cifar10', '--backbones', 'vgg']).r1_gamma == 1e-4 / 64
     for flag in ('data out batch-gpu seed precision compile snapshot-kimg status-kimg sigma-init eval-images').split():
         assert hasattr(args, flag.replace('-', '_'))
     for wrong in (['--backbones', 'resnet'], ['--backbones', 'unet', 'unet'], ['--freeze', '2'], ['--r1-gamma', '-1'],
                   ['--teacher-student-fd', '1'], ['--seeds', '1'], ['--sweep', 'freeze', '--activations'],
-                  ['--data', 'x'], ['--sweep', 'freeze', '--eval-images', '0']):
+                  ['--data', 'x'], ['--sweep', 'freeze', '--eval-images', '0'], ['--cost', '--activations']):
         with pytest.raises(SystemExit) as stop:
             distributional.parse_args(wrong)
         assert stop.value.code == 2

@@ -170,6 +170,7 @@ def test_cost(common, tiny, tmp_path):
         assert done.returncode == 0, done.stderr
         shares = [float(line.split()[-1][:-1]) for line in done.stdout.splitlines() if line.endswith('%')]
         assert sum(shares) == pytest.approx(100, abs=0.5) and len(shares) == (7 if more is tiny else 5)
+        assert (more is tiny) == ('contiguous, not channels_last' in done.stdout)
     assert not (tmp_path / 'none').exists()
 
 
