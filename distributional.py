@@ -785,6 +785,14 @@ class Means:
         return means
 
 
+def check_finite(parts):
+    """Raise FloatingPointError, on all ranks alike, if a weight of the networks in {name: part} is not finite."""
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
+            raise FloatingPointError(
+                f'a weight of {name} is not finite: training has diverged; latest.pt is from before')
+
+
 def save_checkpoint(out, state):
     """Write latest.pt, keeping the one before it as previous.pt. Whenever killed, one of them is whole."""
     atomic_save(state, f'{out}/next.pt')
@@ -928,6 +936,8 @@ def train(args):
         snapshot = done or is_due(nimg, args.batch, args.snapshot_kimg)
         if nimg != resumed and (snapshot or is_due(nimg, args.batch, args.status_kimg)):
             stats, seconds = means.collect(), time.time() - tick_time
+            if snapshot:
+                check_finite(evolving)
             if snapshot and ruler:
                 stats |= ruler.score(lambda seeds: edm_nets.generate(ema, seeds), args.eval_images)
             log_status(args.out, stats, nimg, total, seconds, nimg - tick_nimg)

@@ -403,8 +403,7 @@ def save(path, net, dataset, nimg, **more):
 
     Raises FloatingPointError when a weight is not finite.
     """
-    if not all(p.isfinite().all() for p in net.parameters()):
-        raise FloatingPointError('a weight is not finite: training has diverged; latest.pt is from before')
+    check_finite(dict(network=net))
     atomic_save(dict(net={k: v.cpu() for k, v in net.state_dict().items()}, net_kwargs=net.kwargs,
                      sigma_init=net.sigma_init, dataset=dataset, kimg=nimg / 1000, **more), path)
 
@@ -727,6 +726,14 @@ class Means:
         return means
 
 
+def check_finite(parts):
+    """Raise FloatingPointError, on all ranks alike, if a weight of the networks in {name: part} is not finite."""
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
+            raise FloatingPointError(
+                f'a weight of {name} is not finite: training has diverged; latest.pt is from before')
+
+
 def save_checkpoint(out, state):
     """Write latest.pt, keeping the one before it as previous.pt. Whenever killed, one of them is whole."""
     atomic_save(state, f'{out}/next.pt')
@@ -918,6 +925,8 @@ def train(argv=None):
         snapshot = done or is_due(nimg, args.batch, args.snapshot_kimg)
         if nimg != resumed and (snapshot or is_due(nimg, args.batch, args.status_kimg)):
             log_status(args.out, means.collect(), nimg, total, time.time() - tick_time, nimg - tick_nimg)
+            if snapshot:
+                check_finite(dict(net=net, ema=ema))
             if snapshot and rank == 0:
                 grid = generate(ema, range(64), num_steps=None if args.sigma else 18)
                 data.save_grid(grid, f'{args.out}/grid-{nimg // 1000:06d}.png', scale=2)

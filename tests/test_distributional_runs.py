@@ -181,6 +181,17 @@ def test_prepared_data_without_classes(unlabelled, tmp_path):
     assert done.returncode == 0 and 'pixel-FD' in done.stdout, done.stderr
 
 
+def test_weights_that_are_not_finite_are_not_saved(common, tmp_path, monkeypatch):
+    """The loss is finite and its gradient NaN, in the last step before a checkpoint: the checkpoint before it stays."""
+    penalty = distributional.r1_penalty
+    monkeypatch.setattr(distributional, 'r1_penalty',
+                        lambda logits, x: penalty(logits, x) + (logits[0].sum() * 0).sqrt())
+    done = run(*common, tmp_path, '--snapshot-kimg', '0.16')  # R1 comes in the fifth step
+    assert done.returncode != 0 and 'a weight of discriminator is not finite' in done.stderr, done.stderr
+    latest = torch.load(tmp_path / 'latest.pt', weights_only=True)
+    assert latest['nimg'] == 0 and all(p.isfinite().all() for p in latest['discriminator'].values())
+
+
 def test_bad_input_is_one_line(plain, common, runs, tmp_path):
     for more, message in [
             (['--out', plain, '--freeze', '0'], 'freeze: 1 -> 0'),

@@ -204,7 +204,8 @@ def test_compiled_training_is_the_same(folder):
 def test_copies_are_identical():
     """The helpers that every script repeats are the same text everywhere."""
     for name in ('setup', 'rank_slices', 'sync_last', 'make_autocast', 'rank0_first', 'check_positive', 'print0',
-                 'is_due', 'update_ema', 'Means', 'save_checkpoint', 'load_checkpoint', 'start_log', 'log_status'):
+                 'is_due', 'update_ema', 'Means', 'check_finite', 'save_checkpoint', 'load_checkpoint', 'start_log',
+                 'log_status'):
         for script in (disback, teacher_free, distributional):
             assert inspect.getsource(getattr(edm_nets, name)) == inspect.getsource(getattr(script, name)), name
     for name in ('read_scores', 'report', 'draw_noise'):  # the last two: where both have them
