@@ -18,6 +18,8 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import data  # noqa: E402
+
 torch.set_num_threads(1)  # as in the processes that are started
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1')
@@ -62,6 +64,12 @@ def runs(tmp_path_factory):
     done = run(ROOT / 'edm_nets.py', 'train', '--dataset', 'shapes', *TEACHER, '--out', folder / 'teacher')
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture
+def few_shapes(monkeypatch):
+    """`shapes` of 2,000 images instead of 50,000, for scripts inside this process: a reference of scores in no time."""
+    monkeypatch.setattr(data.Shapes.__init__, '__defaults__', (2_000, 0))
 
 
 @pytest.fixture(scope='session')

@@ -1,5 +1,6 @@
 """Whole runs of teacher_free.py: the teacher is never called, resume, processes, the inits, sweep and verifier."""
 
+import functools
 import json
 import os
 import subprocess
@@ -124,17 +125,16 @@ def test_single_level_training_and_init(common, runs, tmp_path):
     assert distance(weights(path), weights(tmp_path / 'run' / 'student-000000.pt')) < 1e-4
 
 
-def test_sweep_and_best_of(common, tmp_path):
+def test_sweep_and_best_of(common, tmp_path, few_shapes, monkeypatch):
     more = ['--kimg', '0.064', '--eval-images', '40', '--ratio-net', 'lightweight', '--batch-gpu', '16']
-    code = 'import torch, functools, teacher_free, sys; torch.nn.Module.compile = functools.partialmethod(' \
-        'torch.nn.Module.compile, backend="aot_eager"); teacher_free.main(sys.argv[1:])'
     done = run(*common, tmp_path / 'run', *more, '--sweep', 'weight', '--seeds', '1')
     assert done.returncode == 0, done.stderr
     assert {'run-weight-sigma2-seed1', 'run-weight-1-seed1'} < set(os.listdir(tmp_path))
     lines = (tmp_path / 'run-weight.txt').read_text().splitlines()
     assert [line.split()[0] for line in lines[1:]] == list(teacher_free.WEIGHTS) and '+-' in lines[1]
     assert lines == done.stdout.splitlines()[-4:]
-    done = run('-c', code, *common[1:], tmp_path / 'best', *more[:-2], '--compile', '--best-of', '1', '3')
+    monkeypatch.setattr(torch.nn.Module, 'compile', functools.partialmethod(torch.nn.Module.compile, backend='eager'))
+    done = run(*common, tmp_path / 'best', *more[:-2], '--compile', '--best-of', '1', '3')
     assert done.returncode == 0 and 'resample, K = 3' in done.stdout, done.stderr
     with open(tmp_path / 'best' / 'stats.jsonl') as f:
         last = json.loads(f.readlines()[-1])
