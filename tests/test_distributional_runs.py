@@ -115,8 +115,8 @@ def tiny(tmp_path, monkeypatch):
 
 def test_projected_discriminator(common, tiny, runs):
     """A conditional run with a feature network beside the U-Net: R1 and all; stopped and resumed to the bit."""
-    small = [*common[1:-1], *tiny, '--batch', '4', '--batch-gpu', '2', '--kimg', '0.016', '--status-kimg', '0.004',
-             '--snapshot-kimg', '0.008', '--r1-interval', '3']
+    small = [*common[1:-1], *tiny, '--batch', '4', '--batch-gpu', '2', '--kimg', '0.012', '--status-kimg', '0.004',
+             '--snapshot-kimg', '0.008', '--r1-interval', '2']
     done = run(common[0], *small, '--out', runs / 'd-whole')
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in open(runs / 'd-whole' / 'stats.jsonl')]
@@ -124,7 +124,7 @@ def test_projected_discriminator(common, tiny, runs):
     real = distributional.update_ema
 
     def interrupt(ema, student, nimg, *rest):
-        if nimg == 12:  # the fourth step
+        if nimg == 8:  # the third step
             raise OSError('the machine is gone')
         real(ema, student, nimg, *rest)
     distributional.update_ema = interrupt
