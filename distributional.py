@@ -64,7 +64,7 @@ from edm_nets import atomic_save
 # of form. Their loss is summed over the images of a GPU while R1 is a mean, and Adam does not care for the scale of
 # the first; for means alike, gamma = 1e-4 / images per GPU on the four GPUs of those commands, 4e-4 / batch. And
 # --freeze is on where the paper's best figure has it: everywhere but on AFHQv2. --d-lr is before the correction for
-# lazy R1 (StyleGAN2). They stopped at the snapshot with the lowest FID, after 5 to 9 million images. None was run.
+# lazy R1 (StyleGAN2). They stopped at the snapshot with the lowest FID, after 5 to 9 million images. No row was run.
 #
 # U-Nets in place of a row's own backbones get gamma 1, f-distill's on CIFAR-10 (on ImageNet it has none), and the d_lr
 # of the projected heads; DMD2's own on ImageNet is 2e-6. Untried but on `shapes`.
@@ -1295,7 +1295,7 @@ def cost(args, repeat=5):
         print0('\nfeatures, forward, in other ways: their time over the time above')
         as_it_is = measure(lambda: features(False))[0]
         for name, function in (('keeping a graph', lambda: features(True, backward=False)),
-                               (f'{other}', lambda: features(False, autocast=make_autocast(other, device)))):
+                               (other, lambda: features(False, autocast=make_autocast(other, device)))):
             print0(f'{name:38s}{measure(function)[0] / as_it_is:9.2f}')
         projections.to(memory_format=torch.contiguous_format)
         print0(f'{"contiguous, not channels_last":38s}{measure(lambda: features(False))[0] / as_it_is:9.2f}')

@@ -310,6 +310,17 @@ def best_of(student, ratio_net, seeds, K, verifier, batch=256):
         images.append(data.to_uint8(chosen).cpu())
     return torch.cat(images)
 
+
+def open_both(args):
+    """(dataset, network to start from). Collective. Raises OSError; ValueError if they do not fit each other."""
+    dataset = rank0_first(data.open_dataset, args.dataset, args.data)
+    teacher = rank0_first(edm_nets.load, args.teacher)
+    if dataset.resolution != teacher.img_resolution:
+        raise ValueError(f'{args.teacher} makes images of {teacher.img_resolution} px, not {dataset.resolution}')
+    if teacher.label_dim and not 0 < dataset.label_dim <= teacher.label_dim:
+        raise ValueError(f'{args.teacher} knows {teacher.label_dim} classes, the data has {dataset.label_dim}')
+    return dataset, teacher
+
 # ----------------------------------------------------------------------------------------------------
 # Small helpers, the same text in edm_nets.py and in every method script.
 
@@ -528,12 +539,7 @@ def train(args):
         return False
 
     # Data.
-    dataset = rank0_first(data.open_dataset, args.dataset, args.data)
-    teacher = rank0_first(edm_nets.load, args.teacher)
-    if dataset.resolution != teacher.img_resolution:
-        raise ValueError(f'{args.teacher} makes images of {teacher.img_resolution} px, not {dataset.resolution}')
-    if teacher.label_dim and not 0 < dataset.label_dim <= teacher.label_dim:
-        raise ValueError(f'{args.teacher} knows {teacher.label_dim} classes, the data has {dataset.label_dim}')
+    dataset, teacher = open_both(args)
     ruler = args.eval_images and fid.Ruler(
         dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
 
