@@ -49,6 +49,11 @@ def to_float(images):
     return images.to(torch.float32) / 127.5 - 1
 
 
+def to_device(x, device):
+    """A tensor of the CPU -> on `device`; on a GPU through pinned memory, so that the host does not wait for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
+
+
 def to_uint8(x):
     """float [-1, 1] -> uint8 [0, 255], truncating as EDM's generate.py does."""
     return (x * 127.5 + 128).clip(0, 255).to(torch.uint8)
@@ -78,7 +83,6 @@ def save_png(picture, path):
 def save_grid(images, path, scale=1):
     """uint8 [N, 3, H, W] -> a PNG as square as can be; `scale` enlarges the pixels."""
     save_png(grid(images, int(np.ceil(len(images) ** 0.5)), scale), path)
-
 
 
 def save_panels(panels, path, columns, scale):

@@ -44,7 +44,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import data
 import edm_nets
 import fid
-from edm_nets import atomic_save
+from edm_nets import atomic_save, mark
 
 # ----------------------------------------------------------------------------------------------------
 # Settings. The paper's EDM settings (its Appendix B) were not available to us. The rows of real data sets are those of
@@ -106,13 +106,17 @@ def parse_args(argv=None):
     p.add_argument('--seed', type=int, default=0, help='of all random numbers (%(default)s)')
     p.add_argument('--precision', choices=['bf16', 'fp32'], help='default: bf16 on a GPU, fp32 on a CPU')
     p.add_argument('--compile', action='store_true', help='torch.compile the networks')
+    p.add_argument('--profile', type=int, nargs='?', const=16, metavar='STEPS', help='time a few steps, part by part; '
+                   'no run (16 steps)')
     p.add_argument('--snapshot-kimg', type=float, default=preset['snapshot_kimg'], help='files, scores (%(default)s)')
     p.add_argument('--status-kimg', type=float, default=preset['status_kimg'], help='status lines (%(default)s)')
     p.add_argument('--eval-images', type=int, default=preset['eval_images'], help='per scoring; 0: none (%(default)s)')
     p.add_argument('--features', choices=['inception', 'pixels'], help='default: pixels for shapes, else inception')
     args = p.parse_args(argv)
-    check_positive(p, args, 'kimg batch lr fake_lr fake_updates sigma_init degrade_kimg node_kimg snapshot_kimg '
-                            'status_kimg')
+    check_positive(p, args, 'kimg batch batch_gpu lr fake_lr fake_updates sigma_init degrade_kimg node_kimg '
+                            'snapshot_kimg status_kimg profile')
+    if args.profile:
+        args.nodes = 0  # no first stage, and the same step
     if args.nodes < 0 or args.eval_images < 0 or 0 < args.eval_images < 10:
         p.error('--nodes must not be negative, --eval-images 0 or at least 10')
     if args.dataset == 'shapes' and args.data:
@@ -242,9 +246,9 @@ def rank0_first(function, *args):
 
 
 def check_positive(parser, args, names):
-    """Exit with a usage error unless each of the named arguments is positive."""
+    """Exit with a usage error unless each of the named arguments is positive, or None."""
     for name in names.split():
-        if not getattr(args, name) > 0:
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f'--{name.replace("_", "-")} must be positive')
 
 
@@ -429,7 +433,8 @@ def train(args):
     # random numbers of a step are a function of the counts.
     steps = max(round(args.degrade_kimg * 1000 / args.batch), args.nodes) if args.nodes else 0
     recordings = {step * args.batch: i + 1 for i, step in enumerate(recording_steps(steps, args.nodes))}
-    degrade_total, degraded, nimg, node, resumed = steps * args.batch, 0, 0, None, None
+    degrade_total, degraded, nimg, node = steps * args.batch, 0, 0, None
+    resumed = 0 if args.profile else None  # a profile begins with no snapshot
     evolving = dict(student=student, ema=ema, fake_score=fake_score, student_optimizer=student_optimizer,
                     fake_optimizer=fake_optimizer, **(dict(discriminator=discriminator) if discriminator else {}))
     if state:
@@ -488,6 +493,7 @@ def train(args):
             break
 
         # Random numbers of this step, for the global batch; this rank takes its rows.
+        mark('random numbers', first=True)
         generator = data.step_generator(args.seed, degraded if degrading else nimg, int(degrading), device)
         z, labels, sigma, eps = draw(generator, *args.student_sigma)
         samples = []  # x_0 of each round
@@ -497,44 +503,54 @@ def train(args):
                 group['lr'] = lr * fall
 
         # Update the student (Alg. 2): from where its samples are, towards the target.
+        for p in fake_parameters:
+            p.requires_grad_(False)  # the gradient of a GAN term passes through to x_t
         for i, rows in enumerate(rounds if not degrading else []):
             with sync_last(i, rounds, ddp_student):
+                mark('student, forward')
                 with autocast():
                     x_0 = edm_nets.one_step(ddp_student, z[rows], labels[rows], args.sigma_init)
+                mark('scores')
                 x_t = x_0 + sigma[rows] * eps[rows]
+                with torch.set_grad_enabled(bool(discriminator)), autocast():
+                    D_fake, h = fake_score(x_t, sigma[rows], labels[rows], bottleneck=True)
+                D_fake = D_fake.detach()
                 with torch.no_grad(), autocast():
-                    D_fake = fake_score(x_t, sigma[rows], labels[rows])
                     D_target = target(x_t, sigma[rows], labels[rows])
                 loss = student_loss(x_0, D_fake, D_target, args.loss)
                 if discriminator:
-                    for p in fake_parameters:
-                        p.requires_grad_(False)  # the gradient passes through to x_t
                     with autocast():
-                        logits = discriminator(fake_score(x_t, sigma[rows], labels[rows], bottleneck=True)[1])
+                        logits = discriminator(h)
                     gan_loss = F.softplus(-logits.float()).mean()
                     loss = loss + args.gan_weight * x_0[0].numel() * gan_loss  # DMD2's other term is a mean over pixels
                     means.add(gan_loss=gan_loss)
+                mark('student, backward')
                 (loss / len(rounds)).backward()
-                if discriminator:
-                    for p in fake_parameters:
-                        p.requires_grad_(True)
             means.add(student_loss=loss, difference=(D_fake - D_target).abs().mean())
             samples.append(x_0.detach())
+        for p in fake_parameters:
+            p.requires_grad_(True)
         if not degrading:
+            mark('optimizers')
             student_optimizer.step()
             student_optimizer.zero_grad(set_to_none=True)
+            mark('moving average')
             update_ema(ema, student, nimg, args.batch, preset['ema_kimg'])
 
         # Update the fake score (Eq. 5) on the same samples, further times on fresh ones; while degrading (Eq. 7), on
         # those of the untouched student.
         for update in range(1 if degrading else args.fake_updates):
+            mark('random numbers')
             if not samples or update:
                 z, labels, *_ = draw(generator, *args.fake_sigma)
+                mark('fresh samples, forward')
                 with torch.no_grad(), autocast():
                     samples = [edm_nets.one_step(student, z[rows], labels[rows], args.sigma_init) for rows in rounds]
+            mark('random numbers')
             *_, sigma, eps = draw(generator, *args.fake_sigma)
             for i, (rows, x_0) in enumerate(zip(rounds, samples)):
                 with sync_last(i, rounds, ddp_fake, *([ddp_discriminator] if discriminator and not degrading else [])):
+                    mark('fake score, forward')
                     x_t = x_0 + sigma[rows] * eps[rows]
                     if degrading or not discriminator:  # the path is recorded without a GAN
                         with autocast():
@@ -543,9 +559,9 @@ def train(args):
                     else:  # one forward for the fakes and, at the same noise, as many real images
                         first = seen * args.fake_updates + update * args.batch
                         indices, _ = data.batch_order(args.seed, first, args.batch, len(dataset))
-                        real = data.to_float(dataset.images(indices[rows]).to(device))
-                        real_labels = F.one_hot(dataset.labels(indices[rows]), labels.shape[1]).to(device) \
-                            if teacher.label_dim else labels[rows]
+                        real = data.to_float(data.to_device(dataset.images(indices[rows]), device))
+                        real_labels = labels[rows] if not teacher.label_dim else \
+                            F.one_hot(data.to_device(dataset.labels(indices[rows]), device), labels.shape[1])
                         with autocast():
                             D_x, h = ddp_fake(
                                 torch.cat([x_t, real + sigma[rows] * eps[rows]]), sigma[rows].repeat(2, 1, 1, 1),
@@ -555,8 +571,10 @@ def train(args):
                         discriminator_loss = (F.softplus(fake_logits) + F.softplus(-real_logits)).mean()
                         loss = fake_loss + DISCRIMINATOR_WEIGHT * x_0[0].numel() * discriminator_loss
                         means.add(discriminator_loss=discriminator_loss)
+                    mark('fake score, backward')
                     (loss / len(rounds)).backward()
                 means.add(fake_loss=fake_loss)
+            mark('optimizers')
             fake_optimizer.step()
             fake_optimizer.zero_grad(set_to_none=True)
 
@@ -616,6 +634,9 @@ def summarize(args):
 def main(argv=None):
     args = parse_args(argv)
     try:
+        if args.profile:
+            edm_nets.profile(train, args)
+            return
         trained = train(args)
         if args.dataset == 'shapes' and (trained or not os.path.exists(f'{args.out}/summary.png')):
             if args.nodes and args.eval_images:  # the same number of images without backtracking, for the table

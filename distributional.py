@@ -57,7 +57,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import edm_nets
 import fid
-from edm_nets import atomic_save
+from edm_nets import atomic_save, mark
 
 # ----------------------------------------------------------------------------------------------------
 # Settings. Rows of real data sets: the authors' released commands (their tables could not be read), with two changes
@@ -130,6 +130,8 @@ def parse_args(argv=None):
     p.add_argument('--seed', type=int, default=0, help='of all random numbers (%(default)s)')
     p.add_argument('--precision', choices=['bf16', 'fp32'], help='default: bf16 on a GPU, fp32 on a CPU')
     p.add_argument('--compile', action='store_true', help='torch.compile the student (R1 forbids it for the rest)')
+    p.add_argument('--profile', type=int, nargs='?', const=16, metavar='STEPS', help='time a few steps, part by part; '
+                   'no run (16 steps)')
     p.add_argument('--snapshot-kimg', type=float, default=preset['snapshot_kimg'], help='files, scores (%(default)s)')
     p.add_argument('--status-kimg', type=float, default=preset['status_kimg'], help='status lines (%(default)s)')
     p.add_argument('--eval-images', type=int, default=preset['eval_images'], help='per scoring; 0: none (%(default)s)')
@@ -137,7 +139,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.r1_gamma is None:
         args.r1_gamma = 1.0 if set(args.backbones) <= set(UNETS) else 4e-4 / args.batch
-    check_positive(p, args, 'kimg batch lr d_lr r1_interval sigma_init snapshot_kimg status_kimg')
+    check_positive(p, args, 'kimg batch batch_gpu lr d_lr r1_interval sigma_init snapshot_kimg status_kimg profile')
     if args.r1_gamma < 0 or args.eval_images < 0 or 0 < args.eval_images < 10:
         p.error('--r1-gamma must not be negative, --eval-images 0 or at least 10')
     if len(set(args.backbones)) < len(args.backbones):
@@ -738,9 +740,9 @@ def rank0_first(function, *args):
 
 
 def check_positive(parser, args, names):
-    """Exit with a usage error unless each of the named arguments is positive."""
+    """Exit with a usage error unless each of the named arguments is positive, or None."""
     for name in names.split():
-        if not getattr(args, name) > 0:
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f'--{name.replace("_", "-")} must be positive')
 
 
@@ -912,7 +914,7 @@ def train(args):
 
     # Where the run stands: `evolving`, the count, the length of the log, and the random convolutions, saved because
     # another version of torch may draw others.
-    nimg, resumed = 0, None
+    nimg, resumed = 0, 0 if args.profile else None  # a profile begins with no snapshot
     evolving = dict(student=student, ema=ema, discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer)
     if state:
         nimg = resumed = state['nimg']
@@ -955,11 +957,12 @@ def train(args):
 
         # Random numbers and real images of this step, for the global batch; this rank takes its rows. The labels of
         # the real images are those of the generated ones.
+        mark('random numbers', first=True)
         generator = data.step_generator(args.seed, nimg, 0, device)
         z_student, z_discriminator = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
         student_noise, d_noise = (draw_noise(shape, generator, *args.noise) for _ in range(2))  # (sigma, eps) each
         indices, _ = data.batch_order(args.seed, nimg, args.batch, len(dataset))  # never mirrored
-        labels = dataset.labels(indices).to(device) if classes else no_labels
+        labels = data.to_device(dataset.labels(indices), device) if classes else no_labels
         one_hot = F.one_hot(labels, max(classes, 1))
         fall = min((1 - nimg / total) / preset['decay'], 1) if preset['decay'] else 1
         optimizer.param_groups[0]['lr'] = args.lr * fall  # the discriminator's stays: it has to follow
@@ -969,36 +972,48 @@ def train(args):
         for i, rows in enumerate(rounds):
             discriminator.train(i == 0)  # the spectral norms iterate in the first round alone
             with sync_last(i, rounds, ddp_student):
+                mark('student, forward')
                 with autocast():
                     fake = edm_nets.one_step(ddp_student, z_student[rows], one_hot[rows], args.sigma_init)
+                    mark('student: discriminator, forward')
                     view = look(fake, projections, [part[rows] for part in student_noise])
                     fake_logits, = discriminator(view, labels=labels[rows])
                 loss = generator_loss(fake_logits)
+                mark('student: all backward')
                 (loss / len(rounds)).backward()
             means.add(student_loss=loss)
         discriminator.requires_grad_(True)
+        mark('optimizers')
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        mark('moving average')
         update_ema(ema, student, nimg, args.batch, preset['ema_kimg'])
 
         # Update the discriminator, on fresh samples. No graph through the student or the feature networks.
         reals = []
         for i, rows in enumerate(rounds):
             discriminator.train(i == 0)
-            reals.append(data.to_float(dataset.images(indices[rows]).to(device)))
+            mark('images')
+            reals.append(data.to_float(data.to_device(dataset.images(indices[rows]), device)))
             with sync_last(i, rounds, ddp_discriminator):
+                mark('fresh samples, forward')
                 with autocast():
                     with torch.no_grad():
                         fake = edm_nets.one_step(student, z_discriminator[rows], one_hot[rows], args.sigma_init)
+                        mark('features')
                         views = [look(x, projections, [part[rows] for part in d_noise]) for x in (reals[i], fake)]
+                    mark('discriminator, forward')
                     real_logits, fake_logits = ddp_discriminator(*views, labels=labels[rows])
                 loss = discriminator_loss(real_logits, fake_logits)
+                mark('discriminator, backward')
                 (loss / len(rounds)).backward()
             means.add(discriminator_loss=loss, real_logit=mean_of(real_logits), fake_logit=mean_of(fake_logits))
+        mark('optimizers')
         d_optimizer.step()
         d_optimizer.zero_grad(set_to_none=True)
 
         # R1, now and then, on the same real images; the gradient is that of the images, through the feature networks.
+        mark('R1')
         if args.r1_gamma and nimg and (nimg // args.batch) % args.r1_interval == 0:
             for i, rows in enumerate(rounds):
                 discriminator.train(i == 0)
@@ -1010,7 +1025,7 @@ def train(args):
                     penalty = r1_penalty(real_logits, real)
                     loss = args.r1_interval * args.r1_gamma / 2 * penalty
                     loss = loss + 0 * mean_of(real_logits)  # R1 does not see the last biases; DDP wants all weights
-                    (loss / len(rounds)).backward()
+                    (loss / len(rounds)).backward(inputs=trained(discriminator))  # not once more down to the images
                 means.add(r1_penalty=penalty)
             d_optimizer.step()
             d_optimizer.zero_grad(set_to_none=True)
@@ -1258,7 +1273,7 @@ def cost(args, repeat=5):
         images = real.detach().requires_grad_(True).clone()  # FlopCounterMode does not take leaves
         with autocast(), sdpa_kernel(SDPBackend.MATH):
             logits, = discriminator(look(images, projections, noise), labels=labels)
-        r1_penalty(logits, images).backward()
+        r1_penalty(logits, images).backward(inputs=trained(discriminator))
 
     with torch.no_grad(), autocast():
         seen = look(real, projections, noise)
@@ -1304,6 +1319,9 @@ def cost(args, repeat=5):
 def main(argv=None):
     args = parse_args(argv)
     try:
+        if args.profile:
+            edm_nets.profile(train, args)
+            return
         if args.sweep:
             sweep(args)
             return

@@ -6,7 +6,7 @@ State-dict keys, shapes and outputs are those of the official networks, so the o
     python edm_nets.py train --dataset shapes                       # the small teacher, minutes on a CPU
     torchrun --nproc_per_node=8 edm_nets.py train --dataset cifar10
     python edm_nets.py sample --net PATH_OR_URL --seeds 0-63 --steps 18 --out grid.png
-    python edm_nets.py bench --net PATH_OR_URL --batch-gpu 32 --precision bf16 --compile
+    python edm_nets.py bench --net imagenet64 --batch-gpu 32 64 --compile    # how fast, and how near to the limit
 
 Symbols: x [N, C, H, W] noisy images, sigma their noise level, D_x = D(x; sigma) the denoised images,
 F_x the raw output of the U-Net; the score is (D_x - x) / sigma ** 2 (Eq. 3).
@@ -18,14 +18,18 @@ import contextlib
 import copy
 import datetime
 import functools
+import gc
 import io
+import itertools
 import json
 import os
 import pickle
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -36,9 +40,6 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-
-if os.name == 'posix':
-    import resource  # peak memory of the process, for `bench`
 
 # ----------------------------------------------------------------------------------------------------
 # Layers.
@@ -109,8 +110,18 @@ class FusedDownConv2d(nn.Conv2d):
         return x + self.bias.to(x.dtype)[:, None, None]
 
 
-def group_norm(channels, eps):
-    return nn.GroupNorm(min(32, channels // 4), channels, eps)
+class GroupNorm(nn.GroupNorm):
+    """Group norm in the dtype of its input, as in EDM; the kernels sum in float32.
+
+    Under CUDA's autocast torch's own would return float32, and the graph of a bf16 step keep 1.6 times as much.
+    """
+
+    def __init__(self, channels, eps):
+        super().__init__(min(32, channels // 4), channels, eps)
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class UNetBlock(nn.Module):
@@ -127,11 +138,11 @@ class UNetBlock(nn.Module):
         self.skip_scale = 1 if adm else 0.5 ** 0.5
         eps, small = (1e-5, 0) if adm else (1e-6, 1e-5)
         up = resampling == 'up'
-        self.norm0 = group_norm(c_in, eps)
+        self.norm0 = GroupNorm(c_in, eps)
         conv0 = ResampleConv2d(c_in, c_out, 3, up, taps) if resampling else nn.Conv2d(c_in, c_out, 3, padding=1)
         self.conv0 = init_layer(conv0, adm)
         self.affine = init_layer(nn.Linear(emb, c_out * (2 if adm else 1)), adm)
-        self.norm1 = group_norm(c_out, eps)
+        self.norm1 = GroupNorm(c_out, eps)
         self.conv1 = init_layer(nn.Conv2d(c_out, c_out, 3, padding=1), adm, gain=small)
         self.skip = None
         if resampling and adm and c_in == c_out:
@@ -141,7 +152,7 @@ class UNetBlock(nn.Module):
         elif c_in != c_out:
             self.skip = init_layer(nn.Conv2d(c_in, c_out, 1), adm)
         if attention:
-            self.norm2 = group_norm(c_out, eps)
+            self.norm2 = GroupNorm(c_out, eps)
             self.qkv = init_layer(nn.Conv2d(c_out, c_out * 3, 1), adm, gain=1 if adm else 0.2 ** 0.5)
             self.proj = init_layer(nn.Conv2d(c_out, c_out, 1), adm, gain=small)
 
@@ -274,7 +285,7 @@ class SongUNet(UNet):
             attends=lambda res, where: res in attn_resolutions and where != 'dec',
             aux_taps=list(resample_filter) if encoder_type == 'residual' else None,
             emb=emb, adm=False, dropout=dropout, taps=list(resample_filter))
-        self.dec[f'{img_resolution}x{img_resolution}_aux_norm'] = group_norm(c, 1e-6)
+        self.dec[f'{img_resolution}x{img_resolution}_aux_norm'] = GroupNorm(c, 1e-6)
         self.dec[f'{img_resolution}x{img_resolution}_aux_conv'] = init_layer(
             nn.Conv2d(c, out_channels, 3, padding=1), adm=False, gain=1e-5)
 
@@ -312,7 +323,7 @@ class DhariwalUNet(UNet):
         c = self.build(
             img_resolution, in_channels, model_channels, channel_mult, num_blocks,
             attends=lambda res, where: res in attn_resolutions, emb=emb, adm=True, dropout=dropout)
-        self.out_norm = group_norm(c, 1e-5)
+        self.out_norm = GroupNorm(c, 1e-5)
         self.out_conv = init_layer(nn.Conv2d(c, out_channels, 3, padding=1), adm=True, gain=0)
 
     def embed(self, c_noise, class_labels, augment_labels):
@@ -581,7 +592,7 @@ def heun(net, z, class_labels=None, num_steps=18, sigma_min=0.002, sigma_max=80,
 
 def one_step(student, z, class_labels, sigma_init):
     """The student's sampler: x_0 = G(sigma_init z; sigma_init). z float [N, C, R, R] -> float32 [N, C, R, R]."""
-    return student(sigma_init * z, torch.as_tensor(sigma_init, device=z.device), class_labels)
+    return student(sigma_init * z, torch.full([], sigma_init, device=z.device), class_labels)
 
 
 class ImageSeeds:
@@ -679,9 +690,9 @@ def rank0_first(function, *args):
 
 
 def check_positive(parser, args, names):
-    """Exit with a usage error unless each of the named arguments is positive."""
+    """Exit with a usage error unless each of the named arguments is positive, or None."""
     for name in names.split():
-        if not getattr(args, name) > 0:
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f'--{name.replace("_", "-")} must be positive')
 
 
@@ -793,6 +804,102 @@ def log_status(out, stats, nimg, total, seconds, images):
             f.write(json.dumps(stats) + '\n')
 
 # ----------------------------------------------------------------------------------------------------
+# --profile of every script that trains: where the time of a step goes.
+
+
+def mark(name, first=False):
+    """In a training loop: here the next part of a step begins; `first` of all. Does nothing without --profile."""
+    if Profile.running:
+        Profile.running.mark(name, first)
+
+
+class Profile:
+    """Two steps to warm up, then `steps` steps timed as they are, then as many under torch.profiler, part by part."""
+    running = None
+
+    class Done(Exception):
+        """Enough steps were seen."""
+
+    def __init__(self, steps, device):
+        self.steps, self.device, self.seen, self.range, self.on = steps, device, 0, None, False
+        activity = torch.profiler.ProfilerActivity
+        self.profiler = torch.profiler.profile(
+            activities=[activity.CPU] + [activity.CUDA] * (device.type == 'cuda'), profile_memory=device.type == 'cpu')
+
+    def mark(self, name, first):
+        if self.range:
+            self.wait()  # a part ends when the device has done it; so nothing overlaps, and the parts add up
+            self.range.__exit__(None, None, None)
+        if first:
+            self.next_step()
+        if self.on:
+            self.range = torch.profiler.record_function(f'part: {name}')
+            self.range.__enter__()
+
+    def next_step(self):
+        if self.seen == 2:
+            self.wait()
+            self.start = time.perf_counter()
+        if self.seen == 2 + self.steps:
+            self.wait()
+            self.seconds, self.on = (time.perf_counter() - self.start) / self.steps, True
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects()
+                        if issubclass(type(t), torch.Tensor) and t.device == self.device}
+            self.held = sum(storages.values())  # weights, moving average, gradients, optimizers
+            self.profiler.start()
+        if self.seen == 2 + 2 * self.steps:
+            self.profiler.stop()
+            raise self.Done
+        self.seen += 1
+
+    def wait(self):
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()
+
+    def peak_memory(self):
+        """Bytes of tensors at the worst moment; on a CPU without what its libraries allocate for themselves."""
+        if self.device.type == 'cuda':
+            return torch.cuda.max_memory_allocated()
+        events = [e for e in self.profiler.profiler.kineto_results.events() if e.name() == '[memory]']
+        events.sort(key=lambda e: e.start_ns())
+        return self.held + max(np.cumsum([0] + [e.nbytes() for e in events]))
+
+
+def profile(train, args):
+    """--profile N: run N steps of train(args) twice, write no files but OUT-trace.json, print a table. Collective."""
+    rank, world_size, device = setup()
+    trace = f'{args.out}-trace.json'
+    Profile.running = this = Profile(args.profile, device)
+    with tempfile.TemporaryDirectory() as folder:
+        shared = [folder]
+        dist.broadcast_object_list(shared)
+        args.out, args.eval_images = shared[0], 0
+        args.kimg = args.status_kimg = args.snapshot_kimg = float('inf')
+        try:
+            train(args)
+        except Profile.Done:
+            pass
+        dist.barrier()  # guards the folder
+    Profile.running = None
+    events = [e for e in this.profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CPU]
+    parts = {e.key[6:]: e.cpu_time_total / 1e3 / args.profile for e in events if e.key.startswith('part: ')}
+    total = sum(parts.values())
+    print0(f'\n{args.batch} images per step, {args.precision}, {world_size} process(es), {device}\n'
+           f'{"part of a step":38s}{"ms":>10s}{"share":>8s}')
+    for name, ms in parts.items():
+        print0(f'{name:38s}{ms:10.2f}{ms / total:8.1%}')
+    reduce = [e.cpu_time_total / 1e3 / args.profile for e in events if e.key in ('gloo:all_reduce', 'nccl:all_reduce')]
+    if world_size > 1:
+        print0(f'{"of these, all_reduce (it overlaps)":38s}{sum(reduce):10.2f}{sum(reduce) / total:8.1%}')
+    print0(f'{"all parts, under the profiler":38s}{total:10.2f}\n'
+           f'{"a step, without it":38s}{this.seconds * 1e3:10.2f}   {this.seconds / args.batch * 1e3:.4g} s/kimg\n'
+           f'{"peak memory of tensors":38s}{this.peak_memory() / 2 ** 30:10.3f} GiB')
+    if rank == 0:
+        os.makedirs(os.path.dirname(trace) or '.', exist_ok=True)
+        this.profiler.export_chrome_trace(trace)
+        print(f'{trace}: for chrome://tracing or ui.perfetto.dev', flush=True)
+
+# ----------------------------------------------------------------------------------------------------
 # Training a teacher (EDM Section 5): python edm_nets.py train
 
 P_mean, P_std = -1.2, 1.2  # ln sigma ~ N(P_mean, P_std^2), EDM Table 1
@@ -859,18 +966,18 @@ def parse_train_args(argv):
     p.add_argument('--seed', type=int, default=0, help='of weights, data order and noise (%(default)s)')
     p.add_argument('--precision', choices=['bf16', 'fp32'], help='default: bf16 on a GPU, fp32 on a CPU')
     p.add_argument('--compile', action='store_true', help='torch.compile the network')
+    p.add_argument('--profile', type=int, nargs='?', const=16, metavar='STEPS', help='time a few steps, part by part; '
+                   'no run (16 steps)')
     p.add_argument('--snapshot-kimg', type=float, default=preset['snapshot_kimg'], help='files, grid (%(default)s)')
     p.add_argument('--status-kimg', type=float, default=preset['status_kimg'], help='lines (%(default)s)')
     args = p.parse_args(argv)
-    check_positive(p, args, 'kimg batch lr channels blocks snapshot_kimg status_kimg')
-    if args.sigma is not None:
-        check_positive(p, args, 'sigma')
+    check_positive(p, args, 'kimg batch batch_gpu lr channels blocks sigma snapshot_kimg status_kimg profile')
     args.out = args.out or f'runs/teacher-{args.dataset}' + (f'-sigma{args.sigma:g}' if args.sigma else '')
     return args
 
 
-def train(argv=None):
-    args = parse_train_args(argv)
+def train(args):
+    """From wherever the run folder stands to --kimg."""
     preset = PRESETS[args.dataset]
 
     # Initialize. Weights from --seed; everything random later comes from data.step_generator.
@@ -903,7 +1010,7 @@ def train(argv=None):
     config = {k: v for k, v in vars(args).items() if k in (
         'dataset', 'batch', 'lr', 'rampup_kimg', 'decay', 'dropout', 'cond', 'channels', 'channel_mult', 'blocks',
         'attention', 'sigma', 'seed', 'precision')}
-    total, nimg, resumed = args.kimg * 1000, 0, None
+    total, nimg, resumed = args.kimg * 1000, 0, 0 if args.profile else None  # a profile begins with no snapshot
     if state := load_checkpoint(args.out, config):
         nimg = resumed = state['nimg']
         net.load_state_dict(state['net'])
@@ -940,6 +1047,7 @@ def train(argv=None):
             break
 
         # One step. The random numbers are drawn for the global batch; this rank takes its rows.
+        mark('random numbers', first=True)
         indices, flips = data.batch_order(args.seed, nimg, args.batch, len(dataset))
         generator = data.step_generator(args.seed, nimg, 0, device)
         sigma = (P_mean + P_std * torch.randn([args.batch, 1, 1, 1], generator=generator, device=device)).exp()
@@ -949,23 +1057,33 @@ def train(argv=None):
         if args.dropout:  # its masks are the one thing that depends on the processes and on --batch-gpu
             torch.manual_seed(hash((args.seed, nimg, rank)))
         for i, rows in enumerate(rounds):
+            mark('images')
             images = data.mirror(dataset.images(indices[rows]), flips[rows] & preset['xflip'])
-            x_0 = data.to_float(images.to(device))
-            labels = F.one_hot(dataset.labels(indices[rows]), label_dim).to(device) if label_dim else None
+            x_0 = data.to_float(data.to_device(images, device))
+            labels = F.one_hot(data.to_device(dataset.labels(indices[rows]), device), label_dim) if label_dim else None
             with sync_last(i, rounds, ddp):
+                mark('network, forward')
                 with autocast():
                     loss = denoising_loss(ddp, x_0, sigma[rows], eps[rows], labels)
+                mark('network, backward')
                 (loss / len(rounds)).backward()
             means.add(loss=loss)
+        mark('optimizer')
         ramp = min((nimg + args.batch) / max(args.rampup_kimg * 1000, 1), 1)
         fall = min((1 - nimg / total) / args.decay, 1) if args.decay else 1
         for group in optimizer.param_groups:
             group['lr'] = args.lr * ramp * fall
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        mark('moving average')
         update_ema(ema, net, nimg, args.batch, preset['ema_kimg'])
         nimg += args.batch
     dist.barrier()  # guards the last files
+
+
+def start_training(argv):
+    args = parse_train_args(argv)
+    profile(train, args) if args.profile else train(args)
 
 
 def shapes_teacher(sigma=None):
@@ -975,7 +1093,7 @@ def shapes_teacher(sigma=None):
     path = f'{out}/teacher-{PRESETS["shapes"]["kimg"]:06d}.pt'
     if not os.path.exists(path):
         try:
-            train(['--dataset', 'shapes', *(['--sigma', str(sigma)] if sigma else [])])
+            train(parse_train_args(['--dataset', 'shapes', *(['--sigma', str(sigma)] if sigma else [])]))
         except ValueError as error:
             raise ValueError(f'{error}; or name a --teacher') from None
     return path
@@ -1015,75 +1133,126 @@ def sample(argv=None):
     print(f'{args.out}: {len(images)} images, {steps} step(s)')
 
 
-def seconds_per_call(function, device, repeat=5):
-    """Best of `repeat`, after two calls to warm up."""
-    times = []
+def seconds_per_call(functions, device, repeat=10):
+    """{name: function} -> {name: median seconds of `repeat` calls}, taken in turns, after two calls each to warm up."""
+    times = {name: [] for name in functions}
     for _ in range(repeat + 2):
-        start = time.perf_counter()
-        function()
-        if device == 'cuda':
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[2:])
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if device.type == 'cuda':
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(seconds[2:])) for name, seconds in times.items()}
+
+
+def plain_attention(q, k, v):
+    """As EDM writes it: softmax in float32, products in the dtype of q."""
+    w = torch.einsum('nhqc,nhkc->nhqk', q, k / k.shape[-1] ** 0.5).softmax(-1, dtype=torch.float32).to(q.dtype)
+    return torch.einsum('nhqk,nhkc->nhqc', w, v)
+
+
+class BenchStep:
+    """A training step on random images and its parts, as the scripts have them or in another way."""
+
+    def __init__(self, net, n, precision, compile=False, channels_last=True, fused=True, foreach=True, attention=None):
+        self.net, device = copy.deepcopy(net), next(net.parameters()).device
+        self.net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        self.ema, self.foreach, self.attention = copy.deepcopy(self.net), foreach, attention
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-6, fused=fused, foreach=False)
+        self.autocast = make_autocast(precision, device)
+        if compile:
+            self.net.compile()
+        self.x = torch.randn([n, net.img_channels, net.img_resolution, net.img_resolution], device=device)
+        self.sigma, self.eps = torch.rand([n, 1, 1, 1], device=device) + 0.1, torch.randn_like(self.x)
+        self.labels = torch.eye(net.label_dim, device=device)[:1].expand(n, -1) if net.label_dim else None
+        self.backward()
+
+    @torch.no_grad()
+    def forward(self):
+        with self.autocast():
+            self.net(self.x, self.sigma, self.labels)
+
+    def backward(self):
+        other = mock.patch.object(F, 'scaled_dot_product_attention', self.attention)
+        with other if self.attention else contextlib.nullcontext(), self.autocast():
+            loss = denoising_loss(self.net, self.x, self.sigma, self.eps, self.labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+
+    def average(self):
+        if self.foreach:
+            return update_ema(self.ema, self.net, 10_000, 32, 500)
+        with torch.no_grad():
+            for average, p in zip(self.ema.parameters(), self.net.parameters()):
+                average.copy_(p.lerp(average, 0.9))
+
+    def __call__(self):
+        self.backward()
+        self.optimizer.step()
+        self.average()
 
 
 def bench(argv=None):
-    """Images/s, TFLOP/s and share of the matmul peak, forward and training step."""
+    """Images/s, TFLOP/s and share of the matmul peak of the same run, by part of the step; and other ways to do it."""
+    cuda = torch.cuda.is_available()
     p = argparse.ArgumentParser(prog='edm_nets.py bench', allow_abbrev=False)
-    p.add_argument('--net', required=True, help='path or URL, or a dataset of PRESETS for its network untrained')
-    p.add_argument('--batch-gpu', type=int, default=32, help='images per call (%(default)s)')
-    p.add_argument('--precision', choices=['bf16', 'fp32'], help='default: bf16 on a GPU, fp32 on a CPU')
+    p.add_argument('--net', nargs='+', default=['imagenet64', 'cifar10'] if cuda else ['shapes'],
+                   help='paths or URLs, or rows of PRESETS for the network untrained (%(default)s)')
+    p.add_argument('--batch-gpu', type=int, nargs='+', default=[64 if cuda else 32], help='per call (%(default)s)')
+    p.add_argument('--precision', choices=['bf16', 'fp32'], default='bf16' if cuda else 'fp32', help='(%(default)s)')
     p.add_argument('--compile', action='store_true', help='torch.compile the network')
+    p.add_argument('--ways', action='store_true', help='also the whole step in other ways, one change at a time')
     args = p.parse_args(argv)
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    precision = args.precision or ('bf16' if device == 'cuda' else 'fp32')
-    dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
-    if args.net in PRESETS:
-        resolution, label_dim = dict(shapes=(16, 4), cifar10=(32, 0), imagenet64=(64, 1000)).get(args.net, (64, 0))
-        net = EDMPrecond(resolution, 3, label_dim, **PRESETS[args.net]['net'], dropout=0)
-    else:
-        net = load(args.net)
-    net = net.to(device).requires_grad_(True)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-6, fused=True)
-    x = torch.randn([args.batch_gpu, net.img_channels, net.img_resolution, net.img_resolution], device=device)
-    sigma, eps = torch.rand([args.batch_gpu, 1, 1, 1], device=device) + 0.1, torch.randn_like(x)
-
-    def forward():
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=precision == 'bf16'):
-            net(x, sigma)
-
-    def step():
-        with torch.autocast(device, torch.bfloat16, enabled=precision == 'bf16'):
-            loss = denoising_loss(net, x, sigma, eps)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    side = 8192 if device == 'cuda' else 2048
+    _, _, device = setup()
+    side, dtype = 8192 if cuda else 2048, torch.bfloat16 if args.precision == 'bf16' else torch.float32
     a, b = (torch.randn([side, side], device=device, dtype=dtype) for _ in range(2))
-    peak = 2 * side ** 3 / seconds_per_call(lambda: a @ b, device) / 1e12
-    print(f'matmul peak {peak:.2f} TFLOP/s ({precision}, {side}x{side})')
-    flops = {}
-    for name, function in (('forward', forward), ('training step', step)):
-        with FlopCounterMode(display=False) as counter:
-            function()
-        flops[name] = counter.get_total_flops()
-    if args.compile:
-        net.compile()
-    for name, function in (('forward', forward), ('training step', step)):
-        if device == 'cuda':
+    peak = 2 * side ** 3 / seconds_per_call(dict(matmul=lambda: a @ b), device)['matmul'] / 1e12
+    print(f'matmul peak {peak:.2f} TFLOP/s ({args.precision}, {side}x{side}, {device})')
+    for name, n in itertools.product(args.net, args.batch_gpu):
+        if name in PRESETS:
+            resolution, label_dim = dict(shapes=(16, 4), cifar10=(32, 0), imagenet64=(64, 1000)).get(name, (64, 0))
+            net = EDMPrecond(resolution, 3, label_dim, **PRESETS[name]['net'], dropout=0).eval()
+        else:
+            net = load(name).requires_grad_(True)
+        net.to(device)
+        make = functools.partial(BenchStep, net, n, args.precision)
+        step = make(compile=args.compile)
+        parts = {'one-step sampling': step.forward, 'forward and backward': step.backward,
+                 'optimizer': step.optimizer.step, 'moving average': step.average, 'training step': step}
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
-        seconds = seconds_per_call(function, device)
-        rate = flops[name] / seconds / 1e12
-        memory = torch.cuda.max_memory_allocated() if device == 'cuda' else \
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(f'{name:14s} {args.batch_gpu / seconds:9.1f} images/s  {rate:8.3f} TFLOP/s  {rate / peak:5.1%} of peak  '
-              f'{flops[name] / args.batch_gpu / 1e9:.3g} GFLOP/image  peak memory {memory / 2 ** 30:.2f} GiB')
+        seconds = seconds_per_call(parts, device)
+        print(f'\n{name}, {n} images' + (f', peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB'
+                                         if cuda else ''))
+        eager, flops = make() if args.compile else step, {}
+        for part in ('forward', 'backward'):
+            with FlopCounterMode(display=False) as counter:
+                getattr(eager, part)()
+            flops[part] = counter.get_total_flops()
+        flops = {'one-step sampling': flops['forward'], 'forward and backward': flops['backward'],
+                 'training step': flops['backward']}
+        for part, s in seconds.items():
+            rate = flops.get(part, 0) / s / 1e12
+            work = f'{n / s:9.1f} images/s {rate:9.3f} TFLOP/s {rate / peak:6.1%} of peak ' \
+                   f'{flops[part] / n / 1e9:8.3g} GFLOP/image' if rate else ''
+            print(f'{part:24s}{s * 1e3:9.2f} ms {s / seconds["training step"]:6.1%}  {work}')
+        if args.ways:
+            naive = dict(channels_last=False, fused=False, foreach=False, attention=plain_attention)
+            other = dict(fp32='bf16', bf16='fp32')[args.precision]
+            ways = {'as it is': step, 'naive: the next four at once': make(**naive),
+                    **{f'{key}: {value if isinstance(value, bool) else "einsum"}': make(**{key: value})
+                       for key, value in naive.items()},
+                    other: BenchStep(net, n, other), 'compiled': make(compile=True)}
+            seconds = seconds_per_call(ways, device)
+            print('the whole step in other ways: its time over the time as it is')
+            for way, s in seconds.items():
+                print(f'{way:34s}{s / seconds["as it is"]:8.3f}')
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    commands = dict(train=train, sample=sample, bench=bench)
+    commands = dict(train=start_training, sample=sample, bench=bench)
     if not argv or argv[0] not in commands:
         print(__doc__)
         sys.exit(0 if argv and argv[0] in ('-h', '--help') else 'edm_nets.py: expected train, sample or bench')
@@ -1092,7 +1261,7 @@ def main(argv=None):
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f'edm_nets.py {argv[0]}: {error}')
     finally:
-        if dist.is_initialized() and argv[0] == 'train':
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -2,6 +2,7 @@
 
     python fid.py score --net PATH_OR_URL --dataset cifar10 --num 50000    # one step for a student, else 18 Heun steps
     python fid.py ref --dataset cifar10 --out cifar10.npz                  # reference statistics, EDM's format
+    python fid.py bench                                                    # how fast, against other ways to do it
 
 FID follows EDM: images as uint8, the 2015 Inception with TensorFlow-1 resizing, float64 statistics, 50,000 images of
 seeds 0-49999, the whole training set as reference. The distance over raw pixels, for `shapes` and for machines without
@@ -9,14 +10,18 @@ the Inception weights, is always called pixel-FD. Published FIDs are minima over
 """
 
 import argparse
+import copy
 import os
 import sys
+import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import fuse_conv_bn_eval
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import edm_nets
@@ -24,6 +29,7 @@ import edm_nets
 INCEPTION_URL = 'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/' \
     'pt_inception-2015-12-05-6726825d.pth'
 INCEPTION_SHA256 = '6726825d'  # its first digits, as in the name
+PR_IMAGES = 10_000  # precision and recall compare so many images, or all if they are fewer
 
 # ----------------------------------------------------------------------------------------------------
 # Inception-v3 of 2015, the FID variant. Module names are those of the weight file.
@@ -39,6 +45,10 @@ class Conv(nn.Module):
 
     def forward(self, x):
         return F.relu(self.bn(self.conv(x)))
+
+    def fold(self):
+        """Multiply the batch norm into the weights, once they are loaded: one pass over memory less."""
+        self.conv, self.bn = fuse_conv_bn_eval(self.conv, self.bn), nn.Identity()
 
 
 def average(x):
@@ -178,6 +188,14 @@ def inception_v3(path=None):
         net.load_state_dict(torch.load(path, map_location='cpu', weights_only=True), strict=True)
     except Exception as error:  # whatever a file that is not the weights can provoke; told in one line
         raise ValueError(f'{path} is not pt_inception-2015-12-05-6726825d.pth: {str(error).splitlines()[0]}') from None
+    return fold(net)
+
+
+def fold(net):
+    """The same InceptionV3 with its batch norms folded into the convolutions, in place."""
+    for module in net.modules():
+        if isinstance(module, Conv):
+            module.fold()
     return net
 
 # ----------------------------------------------------------------------------------------------------
@@ -283,10 +301,12 @@ class Ruler:
     def __init__(self, dataset, features, device, inception=None, ref=None, cache=None):
         self.dataset, self.device = dataset, device
         self.name = 'FID' if features == 'inception' else 'pixel-FD'
-        self.net = None
+        self.net = self.real = None
         if features == 'inception':
             load = edm_nets.rank0_first if dist.is_initialized() else lambda function, path: function(path)
-            self.net = load(inception_v3, inception).to(device)
+            # On a GPU float32 convolutions without TF32 are written for contiguous images; on a CPU, see `bench`.
+            layout = torch.contiguous_format if device.type == 'cuda' else torch.channels_last
+            self.net = load(inception_v3, inception).to(device, memory_format=layout)
         ref = ref or (cache if cache and os.path.exists(cache) else None)
         if ref:
             with np.load(ref) as file:
@@ -308,7 +328,8 @@ class Ruler:
         return features, logits - self.net.fc.bias
 
     def measure(self, images_of, num, keep=0, batch=250):
-        """This rank's Statistics of images_of(0..num-1); and of the first `keep` (images, features, logits)."""
+        """This rank's Statistics of images_of(0..num-1); and of the first `keep` (images, features, logits), features
+        of at most PR_IMAGES."""
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         statistics, kept = Statistics(), []
         statistics.add(self.features(images_of(np.arange(1)))[0][:0])  # the shape, should this rank have no image
@@ -318,7 +339,8 @@ class Ruler:
             statistics.add(features)
             if start < keep:
                 images = images.cpu() if isinstance(self.dataset, data.Shapes) else None  # only they are read back
-                kept.append((start, images, features.cpu(), None if logits is None else logits.cpu()))
+                few = features[:max(PR_IMAGES - start, 0)]
+                kept.append((start, images, few.cpu(), None if logits is None else logits.cpu()))
         if keep and world_size > 1:
             everyone = [None] * world_size
             dist.all_gather_object(everyone, kept)
@@ -331,16 +353,47 @@ class Ruler:
         statistics, (images, features, logits) = self.measure(images_of, num, keep=num, batch=batch)
         mu, sigma, n = statistics.result()
         scores = {self.name: frechet_distance(mu, sigma, self.mu, self.sigma), 'images': n}
-        few = min(n, 10_000)
-        chosen = np.random.default_rng(0).permutation(len(self.dataset))[:few]  # folders are sorted by class
-        parts = np.array_split(chosen, -(-few // batch))
-        real = torch.cat([self.features(self.dataset.images(part))[0].cpu() for part in parts])
-        scores['precision'], scores['recall'] = precision_recall(real, features[:few])
+        few = min(n, PR_IMAGES)
+        if self.real is None or len(self.real) != min(few, len(self.dataset)):  # the same at every scoring of a run
+            chosen = np.random.default_rng(0).permutation(len(self.dataset))[:few]  # folders are sorted by class
+            parts = np.array_split(chosen, -(-few // batch))
+            self.real = torch.cat([self.features(self.dataset.images(part))[0] for part in parts])
+        scores['precision'], scores['recall'] = precision_recall(self.real, features.to(self.device))
         if logits is not None:
             scores['IS'] = inception_score(logits)
         if isinstance(self.dataset, data.Shapes):
             scores |= shapes_coverage(images)
         return scores
+
+
+def bench(device, n=32, d=2048):
+    """Seconds per 1,000 images of Inception and per Fréchet distance, and of other ways, as ratios in one run."""
+    import scipy.linalg
+    images = torch.randint(0, 256, [n, 3, 32, 32], dtype=torch.uint8, device=device)
+    as_loaded = InceptionV3().to(device)  # random weights take as long
+    nets = {'folded, contiguous': fold(copy.deepcopy(as_loaded)), 'with batch norm, contiguous': as_loaded}
+    nets |= {name.replace('contiguous', 'channels_last'): copy.deepcopy(net).to(memory_format=torch.channels_last)
+             for name, net in nets.items()}
+    a = torch.randn([8192 if device.type == 'cuda' else 2048] * 2, device=device)
+    seconds = edm_nets.seconds_per_call(
+        {name: lambda net=net: net(images) for name, net in nets.items()} | {'matmul': lambda: a @ a}, device)
+    peak = 2 * len(a) ** 3 / seconds.pop('matmul')
+    with FlopCounterMode(display=False) as counter:
+        as_loaded(images)
+    print(f'float32 matmul peak {peak / 1e12:.2f} TFLOP/s, Inception {counter.get_total_flops() / n / 1e9:.3g} GFLOP '
+          f'per image, {n} images at a time, {device}')
+    for name, s in seconds.items():
+        print(f'{name:34s}{s / n * 1e3:9.2f} s per 1,000 images {counter.get_total_flops() / s / peak:7.1%} of peak')
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn([3 * d, d], generator=generator, dtype=torch.float64) @ torch.randn(
+        [d, d], generator=generator, dtype=torch.float64) / d for _ in range(2))
+    s1, s2, zero = x.T.cov(), y.T.cov(), torch.zeros(d)
+    for name, way in (('frechet_distance', lambda: frechet_distance(zero, s1, zero, s2)),
+                      ('the same by scipy.linalg.sqrtm', lambda: float(
+                          s1.trace() + s2.trace() - 2 * scipy.linalg.sqrtm((s1 @ s2).numpy()).real.trace()))):
+        start = time.perf_counter()
+        value = way()
+        print(f'{name:34s}{time.perf_counter() - start:9.2f} s, {d} features: {value:.9g}')
 
 
 def main(argv=None):
@@ -361,10 +414,13 @@ def main(argv=None):
     p.add_argument('--batch', type=int, default=250, help='images at a time (%(default)s)')
     p = commands.add_parser('ref', parents=[shared], help='write reference statistics', allow_abbrev=False)
     p.add_argument('--out', required=True, help='.npz to write')
+    commands.add_parser('bench', help='time Inception and the distance', allow_abbrev=False)
     args = parser.parse_args(argv)
     _, _, device = edm_nets.setup()
-    features = args.features or ('pixels' if args.dataset == 'shapes' else 'inception')
     try:
+        if args.command == 'bench':
+            return bench(device)
+        features = args.features or ('pixels' if args.dataset == 'shapes' else 'inception')
         dataset = edm_nets.rank0_first(data.open_dataset, args.dataset, args.data)
         ruler = Ruler(dataset, features, device, args.inception,
                       args.ref if args.command == 'score' else None)
@@ -381,8 +437,10 @@ def main(argv=None):
             raise ValueError(f'--num {args.num} images of side {net.img_resolution} against {ruler.dataset.resolution}')
         if args.num != 50_000:
             edm_nets.print0(f'warning: {ruler.name} of {args.num} images cannot be compared with that of 50,000')
+        start = time.perf_counter()
         scores = ruler.score(lambda i: edm_nets.generate(net, args.seed + i, None if steps == 1 else steps),
                              args.num, args.batch)
+        scores['seconds'] = time.perf_counter() - start
         edm_nets.print0('  '.join(f'{k} {v:.5g}' for k, v in scores.items()))
     except (OSError, ValueError) as error:
         sys.exit(f'fid.py {args.command}: {error}')

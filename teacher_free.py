@@ -46,7 +46,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import data
 import edm_nets
 import fid
-from edm_nets import atomic_save
+from edm_nets import atomic_save, mark
 
 # ----------------------------------------------------------------------------------------------------
 # Settings. The paper's own (its appendix) were not available to us: sigma_init, w, the law of sigma, rates and batches
@@ -115,12 +115,17 @@ def parse_args(argv=None):
     p.add_argument('--seed', type=int, default=0, help='of all random numbers (%(default)s)')
     p.add_argument('--precision', choices=['bf16', 'fp32'], help='default: bf16 on a GPU, fp32 on a CPU')
     p.add_argument('--compile', action='store_true', help='torch.compile the networks')
+    p.add_argument('--profile', type=int, nargs='?', const=16, metavar='STEPS', help='time a few steps, part by part; '
+                   'no run (16 steps)')
     p.add_argument('--snapshot-kimg', type=float, default=preset['snapshot_kimg'], help='files, scores (%(default)s)')
     p.add_argument('--status-kimg', type=float, default=preset['status_kimg'], help='status lines (%(default)s)')
     p.add_argument('--eval-images', type=int, default=preset['eval_images'], help='per scoring; 0: none (%(default)s)')
     p.add_argument('--features', choices=['inception', 'pixels'], help='default: pixels for shapes, else inception')
     args = p.parse_args(argv)
-    check_positive(p, args, 'kimg batch lr ratio_lr ratio_updates draws sigma_init snapshot_kimg status_kimg')
+    check_positive(p, args, 'kimg batch batch_gpu lr ratio_lr ratio_updates draws sigma_init snapshot_kimg status_kimg '
+                            'profile')
+    if args.profile:
+        args.warmup_kimg = 0  # no first stage
     if args.warmup_kimg < 0 or args.eval_images < 0 or 0 < args.eval_images < 10:
         p.error('--warmup-kimg must not be negative, --eval-images 0 or at least 10')
     if min(args.best_of, default=1) < 1 or (args.best_of or args.sweep) and not args.eval_images:
@@ -378,9 +383,9 @@ def rank0_first(function, *args):
 
 
 def check_positive(parser, args, names):
-    """Exit with a usage error unless each of the named arguments is positive."""
+    """Exit with a usage error unless each of the named arguments is positive, or None."""
     for name in names.split():
-        if not getattr(args, name) > 0:
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f'--{name.replace("_", "-")} must be positive')
 
 
@@ -572,7 +577,7 @@ def train(args):
     # Where the run stands. `evolving`, the two counts and the length of the log are the whole state: the random
     # numbers of a step are a function of the counts.
     warmup_total = round(args.warmup_kimg * 1000 / args.batch) * args.batch
-    warmed, nimg, resumed = 0, 0, None
+    warmed, nimg, resumed = 0, 0, 0 if args.profile else None  # a profile begins with no snapshot
     evolving = dict(student=student, ema=ema, ratio_net=ratio_net, student_optimizer=student_optimizer,
                     ratio_optimizer=ratio_optimizer)
     if state:
@@ -617,12 +622,13 @@ def train(args):
 
         # Random numbers and real images of this step, for the global batch; this rank takes its rows. A generated
         # image has the label of the real one beside it: p(label) cancels in the ratio.
+        mark('random numbers', first=True)
         generator = data.step_generator(args.seed, count, int(warming), device)
         z = torch.randn(shape, generator=generator, device=device)
         noises = [draw_noise(shape, generator, *args.student_sigma) for _ in range(args.draws)]  # (sigma, eps)
         order = [data.batch_order(args.seed, seen * args.ratio_updates + update * args.batch, args.batch, len(dataset))
                  for update in range(args.ratio_updates)]  # (indices, flips) of each update
-        labels = [F.one_hot(dataset.labels(indices), classes).to(device) if classes else no_labels
+        labels = [F.one_hot(data.to_device(dataset.labels(indices), device), classes) if classes else no_labels
                   for indices, _ in order]
         samples = []  # x_0 of each round
         fall = min((1 - nimg / total) / preset['decay'], 1) if preset['decay'] else 1
@@ -634,39 +640,51 @@ def train(args):
         ratio_net.requires_grad_(False)  # the gradient passes through to x_t
         for i, rows in enumerate(rounds if not warming else []):
             with sync_last(i, rounds, ddp_student):
+                mark('student, forward')
                 with autocast():
                     x_0 = edm_nets.one_step(ddp_student, z[rows], labels[0][rows], args.sigma_init)
+                    mark('log ratio, forward')
                     x_t = torch.cat([x_0 + sigma[rows] * eps[rows] for sigma, eps in noises])  # [draws * N, C, R, R]
                     sigma = torch.cat([sigma[rows] for sigma, _ in noises])
                     log_ratio = ratio_net(x_t, sigma, labels[0][rows].repeat(args.draws, 1))
                 loss = student_loss(log_ratio, sigma, args.divergence, args.weight)
+                mark('student and log ratio, backward')
                 (loss / len(rounds)).backward()
             means.add(student_loss=loss)
             samples.append(x_0.detach())
         ratio_net.requires_grad_(True)
         if not warming:
+            mark('optimizers')
             student_optimizer.step()
             student_optimizer.zero_grad(set_to_none=True)
+            mark('moving average')
             update_ema(ema, student, nimg, args.batch, preset['ema_kimg'])
 
         # Update the ratio on the same samples, further times on fresh ones; real images get the same noise.
         for (indices, flips), y in zip(order, labels):
+            mark('random numbers')
             if not samples:
                 z = torch.randn(shape, generator=generator, device=device)
+                mark('fresh samples, forward')
                 with torch.no_grad(), autocast():
                     samples = [edm_nets.one_step(student, z[rows], y[rows], args.sigma_init) for rows in rounds]
+            mark('random numbers')
             sigma, eps = draw_noise(shape, generator, *args.ratio_sigma)
             for i, (rows, x_0) in enumerate(zip(rounds, samples)):
+                mark('images')
                 images = data.mirror(dataset.images(indices[rows]), flips[rows] & preset['xflip'])
-                real = data.to_float(images.to(device))
+                real = data.to_float(data.to_device(images, device))
                 with sync_last(i, rounds, ddp_ratio):
+                    mark('ratio, forward')
                     x_t = torch.cat([real, x_0]) + (sigma[rows] * eps[rows]).repeat(2, 1, 1, 1)
                     with autocast():
                         log_ratio = ddp_ratio(x_t, sigma[rows].repeat(2, 1, 1, 1), y[rows].repeat(2, 1))
                     real_log_ratio, fake_log_ratio = log_ratio.chunk(2)
                     loss = ratio_loss(real_log_ratio, fake_log_ratio)
+                    mark('ratio, backward')
                     (loss / len(rounds)).backward()
                 means.add(ratio_loss=loss, log_ratio_real=real_log_ratio.mean(), log_ratio_fake=fake_log_ratio.mean())
+            mark('optimizers')
             ratio_optimizer.step()
             ratio_optimizer.zero_grad(set_to_none=True)
             samples = []
@@ -776,6 +794,9 @@ def sweep(args):
 def main(argv=None):
     args = parse_args(argv)
     try:
+        if args.profile:
+            edm_nets.profile(train, args)
+            return
         if args.sweep:
             sweep(args)
             return
