@@ -843,8 +843,8 @@ class Profile:
         if self.seen == 2 + self.steps:
             self.wait()
             self.seconds, self.on = (time.perf_counter() - self.start) / self.steps, True
-            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects()
-                        if issubclass(type(t), torch.Tensor) and t.device == self.device}
+            storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in gc.get_objects()
+                        if type(t) in (torch.Tensor, nn.Parameter) and t.device == self.device}
             self.held = sum(storages.values())  # weights, moving average, gradients, optimizers
             self.profiler.start()
         if self.seen == 2 + 2 * self.steps:
@@ -856,19 +856,29 @@ class Profile:
         if self.device.type == 'cuda':
             torch.cuda.synchronize()
 
-    def peak_memory(self):
-        """Bytes of tensors at the worst moment; on a CPU without what its libraries allocate for themselves."""
-        if self.device.type == 'cuda':
-            return torch.cuda.max_memory_allocated()
-        events = [e for e in self.profiler.profiler.kineto_results.events() if e.name() == '[memory]']
-        events.sort(key=lambda e: e.start_ns())
-        return self.held + max(np.cumsum([0] + [e.nbytes() for e in events]))
+    def read(self):
+        """({part: ms per step}, ms of all_reduce, bytes of tensors at the worst moment).
+
+        The bytes are, on a CPU, without what its libraries allocate for themselves.
+        """
+        parts, reduce, memory = {}, 0, []
+        for e in self.profiler.profiler.kineto_results.events():  # key_averages() takes a minute for the same
+            name, ms = e.name(), e.duration_ns() / 1e6 / self.steps
+            if name == '[memory]':
+                memory.append((e.start_ns(), e.nbytes()))
+            elif e.device_type() == torch.autograd.DeviceType.CPU and name.startswith('part: '):
+                parts[name[6:]] = parts.get(name[6:], 0) + ms
+            elif name == 'gloo:all_reduce' or name.startswith('ncclDevKernel_AllReduce'):
+                reduce += ms
+        peak = torch.cuda.max_memory_allocated() if self.device.type == 'cuda' else \
+            self.held + max(np.cumsum([0] + [nbytes for _, nbytes in sorted(memory)]))
+        return parts, reduce, peak
 
 
 def profile(train, args):
-    """--profile N: run N steps of train(args) twice, write no files but OUT-trace.json, print a table. Collective."""
+    """--profile N: N steps of train(args), twice; no files but OUT-trace.json.gz; prints a table. Collective."""
     rank, world_size, device = setup()
-    trace = f'{args.out}-trace.json'
+    trace = f'{args.out}-trace.json.gz'
     Profile.running = this = Profile(args.profile, device)
     with tempfile.TemporaryDirectory() as folder:
         shared = [folder]
@@ -881,19 +891,17 @@ def profile(train, args):
             pass
         dist.barrier()  # guards the folder
     Profile.running = None
-    events = [e for e in this.profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CPU]
-    parts = {e.key[6:]: e.cpu_time_total / 1e3 / args.profile for e in events if e.key.startswith('part: ')}
+    parts, reduce, peak = this.read()
     total = sum(parts.values())
     print0(f'\n{args.batch} images per step, {args.precision}, {world_size} process(es), {device}\n'
            f'{"part of a step":38s}{"ms":>10s}{"share":>8s}')
     for name, ms in parts.items():
         print0(f'{name:38s}{ms:10.2f}{ms / total:8.1%}')
-    reduce = [e.cpu_time_total / 1e3 / args.profile for e in events if e.key in ('gloo:all_reduce', 'nccl:all_reduce')]
     if world_size > 1:
-        print0(f'{"of these, all_reduce (it overlaps)":38s}{sum(reduce):10.2f}{sum(reduce) / total:8.1%}')
+        print0(f'{"communication: all_reduce, overlapping":38s}{reduce:10.2f}{reduce / total:8.1%}')
     print0(f'{"all parts, under the profiler":38s}{total:10.2f}\n'
            f'{"a step, without it":38s}{this.seconds * 1e3:10.2f}   {this.seconds / args.batch * 1e3:.4g} s/kimg\n'
-           f'{"peak memory of tensors":38s}{this.peak_memory() / 2 ** 30:10.3f} GiB')
+           f'{"peak memory of tensors":38s}{peak / 2 ** 30:10.3f} GiB')
     if rank == 0:
         os.makedirs(os.path.dirname(trace) or '.', exist_ok=True)
         this.profiler.export_chrome_trace(trace)

@@ -1,6 +1,5 @@
 """Whole runs of teacher_free.py: the teacher is never called, resume, processes, the inits, sweep and verifier."""
 
-import functools
 import json
 import os
 import subprocess
@@ -81,19 +80,18 @@ def test_no_score_is_ever_evaluated(common, tmp_path):
 
 
 def test_processes_and_accumulation_agree(plain, common, runs):
-    """20 student steps after 4 of warm-up: the same within 1e-4, and another seed is not."""
-    for name, more, processes in [
-            ('split', ['--batch-gpu', '8'], 2), ('seed', ['--seed', '1'], 1)]:  # two processes, two rounds each
-        done = run(*common, runs / f'tf-{name}', *more, processes=processes)
-        assert done.returncode == 0, done.stderr
-        close = distance(weights(plain / 'student-000000.pt'), weights(runs / f'tf-{name}' / 'student-000000.pt'))
-        assert (close < 1e-4) == (name != 'seed'), (name, close)
+    """20 student steps after 4 of warm-up: the same within 1e-4, while training moves the weights by ten times that."""
+    done = run(*common, runs / 'tf-split', '--batch-gpu', '8', processes=2)  # two processes, two rounds each
+    assert done.returncode == 0, done.stderr
+    teacher, one, two = (weights(runs / path) for path in (
+        'teacher/teacher-000001.pt', 'tf/student-000000.pt', 'tf-split/student-000000.pt'))
+    assert distance(one, two) < 1e-4 and distance(teacher, one) > 1e-3, (distance(one, two), distance(teacher, one))
 
 
 def test_kill_and_resume_bit_for_bit(plain, common, runs):
     """SIGKILL in the warm-up and later; the same command ends with the same bits of both networks, and the same log."""
     kills, out = 0, runs / 'tf-killed'
-    for lines in (2, 7, 10):
+    for lines in (2, 8):
         process = subprocess.Popen([sys.executable, *map(str, common), str(out)], env=ENV, stdout=subprocess.DEVNULL)
         log = out / 'stats.jsonl'
         while process.poll() is None and not (log.exists() and len(open(log).readlines()) >= lines):
@@ -101,7 +99,7 @@ def test_kill_and_resume_bit_for_bit(plain, common, runs):
         kills += process.poll() is None
         process.kill()
         process.wait()
-    assert kills >= 2
+    assert kills >= 1
     done = run(*common, out)
     assert done.returncode == 0 and 'resuming' in done.stdout, done.stderr
     a, b = both(plain / 'student-000000.pt'), both(out / 'student-000000.pt')
@@ -125,7 +123,7 @@ def test_single_level_training_and_init(common, runs, tmp_path):
     assert distance(weights(path), weights(tmp_path / 'run' / 'student-000000.pt')) < 1e-4
 
 
-def test_sweep_and_best_of(common, tmp_path, few_shapes, monkeypatch):
+def test_sweep_and_best_of(common, tmp_path, few_shapes):
     more = ['--kimg', '0.064', '--eval-images', '40', '--ratio-net', 'lightweight', '--batch-gpu', '16']
     done = run(*common, tmp_path / 'run', *more, '--sweep', 'weight', '--seeds', '1')
     assert done.returncode == 0, done.stderr
@@ -133,8 +131,7 @@ def test_sweep_and_best_of(common, tmp_path, few_shapes, monkeypatch):
     lines = (tmp_path / 'run-weight.txt').read_text().splitlines()
     assert [line.split()[0] for line in lines[1:]] == list(teacher_free.WEIGHTS) and '+-' in lines[1]
     assert lines == done.stdout.splitlines()[-4:]
-    monkeypatch.setattr(torch.nn.Module, 'compile', functools.partialmethod(torch.nn.Module.compile, backend='eager'))
-    done = run(*common, tmp_path / 'best', *more[:-2], '--compile', '--best-of', '1', '3')
+    done = run(*common, tmp_path / 'best', *more[:-2], '--best-of', '1', '3')
     assert done.returncode == 0 and 'resample, K = 3' in done.stdout, done.stderr
     with open(tmp_path / 'best' / 'stats.jsonl') as f:
         last = json.loads(f.readlines()[-1])
