@@ -415,8 +415,7 @@ def train(args):
         if net.model.map_augment is not None:
             net.model.map_augment.requires_grad_(False)  # no augmentation here: its gradient would be zero
     if args.compile:
-        for net in (student, fake_score, target):
-            net.compile()
+        edm_nets.compile_networks(student, fake_score, target)
     wrap = functools.partial(DDP, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
     ddp_student, ddp_fake = wrap(student), wrap(fake_score)
     ddp_discriminator = discriminator and wrap(discriminator)

@@ -149,6 +149,8 @@ def parse_args(argv=None):
     analyses = args.teacher_student_fd or args.activations
     if (args.sweep and args.cost) or (args.sweep or args.cost) and analyses or args.seeds and not args.sweep:
         p.error('--sweep, --cost and the analyses, which come after one run, go one at a time; --seeds: with --sweep')
+    if args.profile and args.r1_gamma and args.profile % args.r1_interval:
+        p.error(f'--profile: a multiple of --r1-interval {args.r1_interval}, so that R1 has its share')
     if args.dataset == 'shapes' and args.data:
         p.error('--data: shapes is drawn on the fly; name the --dataset that the folder stands for')
     args.features = args.features or ('pixels' if args.dataset == 'shapes' else 'inception')
@@ -897,7 +899,7 @@ def train(args):
     del teacher
     choose_trained(student, args.freeze)
     if args.compile:
-        student.compile()
+        edm_nets.compile_networks(student)
     wrap = functools.partial(DDP, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
     ddp_student, ddp_discriminator = wrap(student), wrap(discriminator)
     warnings.filterwarnings('ignore', message='Grad strides do not match')  # R1: of weights with one row, harmless
@@ -1237,7 +1239,7 @@ def cost(args, repeat=5):
     student = student.to(device, memory_format=torch.channels_last)
     choose_trained(student, args.freeze)
     if args.compile:
-        student.compile()
+        edm_nets.compile_networks(student)
     n = args.batch_gpu or args.batch // dist.get_world_size()
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
     autocast = make_autocast(args.precision, device)

@@ -113,7 +113,7 @@ class FusedDownConv2d(nn.Conv2d):
 class GroupNorm(nn.GroupNorm):
     """Group norm in the dtype of its input, as in EDM; the kernels sum in float32.
 
-    Under CUDA's autocast torch's own would return float32, and the graph of a bf16 step keep 1.6 times as much.
+    Under CUDA's autocast torch's own would return float32, and the graph of a bf16 step keep 1.7 times as much.
     """
 
     def __init__(self, channels, eps):
@@ -814,69 +814,69 @@ def mark(name, first=False):
 
 
 class Profile:
-    """Two steps to warm up, then `steps` steps timed as they are, then as many under torch.profiler, part by part."""
+    """n + 1 steps to warm up, n timed as they are, n timed by part, and one under torch.profiler for the trace."""
     running = None
 
     class Done(Exception):
         """Enough steps were seen."""
 
-    def __init__(self, steps, device):
-        self.steps, self.device, self.seen, self.range, self.on = steps, device, 0, None, False
+    def __init__(self, n, device):
+        self.n, self.device, self.seen, self.part, self.parts = n, device, 0, None, {}
         activity = torch.profiler.ProfilerActivity
         self.profiler = torch.profiler.profile(
             activities=[activity.CPU] + [activity.CUDA] * (device.type == 'cuda'), profile_memory=device.type == 'cpu')
 
     def mark(self, name, first):
-        if self.range:
-            self.wait()  # a part ends when the device has done it; so nothing overlaps, and the parts add up
-            self.range.__exit__(None, None, None)
+        if self.part:  # it ends when the device has done it, so that nothing overlaps
+            self.parts[self.part] = self.parts.get(self.part, 0) + (self.clock() - self.start) / self.n
         if first:
             self.next_step()
-        if self.on:
-            self.range = torch.profiler.record_function(f'part: {name}')
-            self.range.__enter__()
+            self.seen += 1
+        self.part = name if 2 * self.n + 1 < self.seen <= 3 * self.n + 1 else None
+        if self.part:
+            self.start = self.clock()
 
     def next_step(self):
-        if self.seen == 2:
-            self.wait()
-            self.start = time.perf_counter()
-        if self.seen == 2 + self.steps:
-            self.wait()
-            self.seconds, self.on = (time.perf_counter() - self.start) / self.steps, True
-            storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in gc.get_objects()
-                        if type(t) in (torch.Tensor, nn.Parameter) and t.device == self.device}
-            self.held = sum(storages.values())  # weights, moving average, gradients, optimizers
+        cuda = self.device.type == 'cuda'
+        if cuda and self.seen in (self.n, self.n + 1):  # the last step of the warm-up tells where the host waits
+            torch.cuda.set_sync_debug_mode('warn' if self.seen == self.n else 'default')
+        if self.seen == self.n + 1:
+            self.start = self.clock()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+        if self.seen == 2 * self.n + 1:
+            self.seconds = (self.clock() - self.start) / self.n
+        if self.seen == 3 * self.n + 1:
+            storages = [] if cuda else [
+                t.untyped_storage() for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
+            self.held = sum({s._cdata: s.nbytes() for s in storages}.values())  # weights, gradients, optimizers
             self.profiler.start()
-        if self.seen == 2 + 2 * self.steps:
+        if self.seen == 3 * self.n + 2:
             self.profiler.stop()
             raise self.Done
-        self.seen += 1
 
-    def wait(self):
+    def clock(self):
         if self.device.type == 'cuda':
             torch.cuda.synchronize()
+        return time.perf_counter()
 
     def read(self):
-        """({part: ms per step}, ms of all_reduce, bytes of tensors at the worst moment).
+        """(seconds of all_reduce, bytes of tensors at the worst moment) of the step under torch.profiler.
 
-        The bytes are, on a CPU, without what its libraries allocate for themselves.
+        On CUDA the worst moment of all timed steps; on a CPU without what its libraries allocate for themselves.
         """
-        parts, reduce, memory = {}, 0, []
-        for e in self.profiler.profiler.kineto_results.events():  # key_averages() takes a minute for the same
-            name, ms = e.name(), e.duration_ns() / 1e6 / self.steps
-            if name == '[memory]':
+        reduce, memory = 0, []
+        for e in self.profiler.profiler.kineto_results.events():
+            if e.name() == '[memory]':
                 memory.append((e.start_ns(), e.nbytes()))
-            elif e.device_type() == torch.autograd.DeviceType.CPU and name.startswith('part: '):
-                parts[name[6:]] = parts.get(name[6:], 0) + ms
-            elif name == 'gloo:all_reduce' or name.startswith('ncclDevKernel_AllReduce'):
-                reduce += ms
-        peak = torch.cuda.max_memory_allocated() if self.device.type == 'cuda' else \
+            elif e.name() == 'gloo:all_reduce' or e.name().startswith('ncclDevKernel_AllReduce'):
+                reduce += e.duration_ns() / 1e9
+        return reduce, torch.cuda.max_memory_allocated() if self.device.type == 'cuda' else \
             self.held + max(np.cumsum([0] + [nbytes for _, nbytes in sorted(memory)]))
-        return parts, reduce, peak
 
 
 def profile(train, args):
-    """--profile N: N steps of train(args), twice; no files but OUT-trace.json.gz; prints a table. Collective."""
+    """--profile N: where a step of train(args) spends its time. Writes nothing but OUT-trace.json.gz. Collective."""
     rank, world_size, device = setup()
     trace = f'{args.out}-trace.json.gz'
     Profile.running = this = Profile(args.profile, device)
@@ -889,23 +889,31 @@ def profile(train, args):
             train(args)
         except Profile.Done:
             pass
+        finally:
+            Profile.running = None
         dist.barrier()  # guards the folder
-    Profile.running = None
-    parts, reduce, peak = this.read()
-    total = sum(parts.values())
+    reduce, peak = this.read()
+    total = sum(this.parts.values())
     print0(f'\n{args.batch} images per step, {args.precision}, {world_size} process(es), {device}\n'
            f'{"part of a step":38s}{"ms":>10s}{"share":>8s}')
-    for name, ms in parts.items():
-        print0(f'{name:38s}{ms:10.2f}{ms / total:8.1%}')
+    for name, seconds in this.parts.items():
+        print0(f'{name:38s}{seconds * 1e3:10.2f}{seconds / total:8.1%}')
     if world_size > 1:
-        print0(f'{"communication: all_reduce, overlapping":38s}{reduce:10.2f}{reduce / total:8.1%}')
-    print0(f'{"all parts, under the profiler":38s}{total:10.2f}\n'
-           f'{"a step, without it":38s}{this.seconds * 1e3:10.2f}   {this.seconds / args.batch * 1e3:.4g} s/kimg\n'
-           f'{"peak memory of tensors":38s}{peak / 2 ** 30:10.3f} GiB')
+        print0(f'{"communication: all_reduce, overlapping":38s}{reduce * 1e3:10.2f}{reduce / total:8.1%}')
+    print0(f'{"all parts, one after the other":38s}{total * 1e3:10.2f}\n'
+           f'{"a step":38s}{this.seconds * 1e3:10.2f}   {this.seconds / args.batch * 1e3:.4g} s/kimg\n'
+           f'{"peak memory of tensors, rank 0":38s}{peak / 2 ** 30:10.3f} GiB')
     if rank == 0:
         os.makedirs(os.path.dirname(trace) or '.', exist_ok=True)
         this.profiler.export_chrome_trace(trace)
-        print(f'{trace}: for chrome://tracing or ui.perfetto.dev', flush=True)
+        print(f'{trace}: one step, for ui.perfetto.dev', flush=True)
+
+
+def compile_networks(*nets):
+    """torch.compile, in place. Static shapes: another batch size gets graphs of its own, not slower dynamic ones."""
+    torch._dynamo.config.recompile_limit = 64  # all networks share a forward(); past the limit it would run uncompiled
+    for net in nets:
+        net.compile(dynamic=False)
 
 # ----------------------------------------------------------------------------------------------------
 # Training a teacher (EDM Section 5): python edm_nets.py train
@@ -1008,7 +1016,7 @@ def train(args):
     net.sigma_init = args.sigma  # None: all noise levels, and no one-step sampler
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     if args.compile:
-        net.compile()
+        compile_networks(net)
     ddp = DDP(net, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, betas=(0.9, 0.999), fused=True)
     print0(f'teacher: {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {len(dataset)} images '
@@ -1100,10 +1108,13 @@ def shapes_teacher(sigma=None):
     out = 'runs/teacher-shapes' + (f'-sigma{sigma:g}' if sigma else '')
     path = f'{out}/teacher-{PRESETS["shapes"]["kimg"]:06d}.pt'
     if not os.path.exists(path):
+        profile, Profile.running = Profile.running, None  # these are not the steps that were asked for
         try:
             train(parse_train_args(['--dataset', 'shapes', *(['--sigma', str(sigma)] if sigma else [])]))
         except ValueError as error:
             raise ValueError(f'{error}; or name a --teacher') from None
+        finally:
+            Profile.running = profile
     return path
 
 # ----------------------------------------------------------------------------------------------------
@@ -1163,14 +1174,15 @@ def plain_attention(q, k, v):
 class BenchStep:
     """A training step on random images and its parts, as the scripts have them or in another way."""
 
-    def __init__(self, net, n, precision, compile=False, channels_last=True, fused=True, foreach=True, attention=None):
-        self.net, device = copy.deepcopy(net), next(net.parameters()).device
-        self.net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    def __init__(self, net, n, precision, device, compile=False, channels_last=True, fused=True, foreach=True,
+                 attention=None):
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.net = copy.deepcopy(net).to(device, memory_format=layout)
         self.ema, self.foreach, self.attention = copy.deepcopy(self.net), foreach, attention
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-6, fused=fused, foreach=False)
         self.autocast = make_autocast(precision, device)
         if compile:
-            self.net.compile()
+            compile_networks(self.net)
         self.x = torch.randn([n, net.img_channels, net.img_resolution, net.img_resolution], device=device)
         self.sigma, self.eps = torch.rand([n, 1, 1, 1], device=device) + 0.1, torch.randn_like(self.x)
         self.labels = torch.eye(net.label_dim, device=device)[:1].expand(n, -1) if net.label_dim else None
@@ -1215,47 +1227,55 @@ def bench(argv=None):
     _, _, device = setup()
     side, dtype = 8192 if cuda else 2048, torch.bfloat16 if args.precision == 'bf16' else torch.float32
     a, b = (torch.randn([side, side], device=device, dtype=dtype) for _ in range(2))
-    peak = 2 * side ** 3 / seconds_per_call(dict(matmul=lambda: a @ b), device)['matmul'] / 1e12
+    peak = 2 * side ** 3 / seconds_per_call(dict(matmul=functools.partial(torch.matmul, a, b)), device)['matmul'] / 1e12
     print(f'matmul peak {peak:.2f} TFLOP/s ({args.precision}, {side}x{side}, {device})')
+    del a, b
     for name, n in itertools.product(args.net, args.batch_gpu):
-        if name in PRESETS:
-            resolution, label_dim = dict(shapes=(16, 4), cifar10=(32, 0), imagenet64=(64, 1000)).get(name, (64, 0))
-            net = EDMPrecond(resolution, 3, label_dim, **PRESETS[name]['net'], dropout=0).eval()
-        else:
-            net = load(name).requires_grad_(True)
-        net.to(device)
-        make = functools.partial(BenchStep, net, n, args.precision)
-        step = make(compile=args.compile)
-        parts = {'one-step sampling': step.forward, 'forward and backward': step.backward,
-                 'optimizer': step.optimizer.step, 'moving average': step.average, 'training step': step}
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        seconds = seconds_per_call(parts, device)
-        print(f'\n{name}, {n} images' + (f', peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB'
-                                         if cuda else ''))
-        eager, flops = make() if args.compile else step, {}
-        for part in ('forward', 'backward'):
-            with FlopCounterMode(display=False) as counter:
-                getattr(eager, part)()
-            flops[part] = counter.get_total_flops()
-        flops = {'one-step sampling': flops['forward'], 'forward and backward': flops['backward'],
-                 'training step': flops['backward']}
-        for part, s in seconds.items():
-            rate = flops.get(part, 0) / s / 1e12
-            work = f'{n / s:9.1f} images/s {rate:9.3f} TFLOP/s {rate / peak:6.1%} of peak ' \
-                   f'{flops[part] / n / 1e9:8.3g} GFLOP/image' if rate else ''
-            print(f'{part:24s}{s * 1e3:9.2f} ms {s / seconds["training step"]:6.1%}  {work}')
-        if args.ways:
-            naive = dict(channels_last=False, fused=False, foreach=False, attention=plain_attention)
-            other = dict(fp32='bf16', bf16='fp32')[args.precision]
-            ways = {'as it is': step, 'naive: the next four at once': make(**naive),
-                    **{f'{key}: {value if isinstance(value, bool) else "einsum"}': make(**{key: value})
-                       for key, value in naive.items()},
-                    other: BenchStep(net, n, other), 'compiled': make(compile=True)}
-            seconds = seconds_per_call(ways, device)
-            print('the whole step in other ways: its time over the time as it is')
-            for way, s in seconds.items():
-                print(f'{way:34s}{s / seconds["as it is"]:8.3f}')
+        bench_network(name, n, args, device, peak)
+
+
+def bench_network(name, n, args, device, peak):
+    """The part of `bench` for one network and number of images, whose memory is free again when it returns."""
+    if name in PRESETS:
+        resolution, label_dim = dict(shapes=(16, 4), cifar10=(32, 0), imagenet64=(64, 1000)).get(name, (64, 0))
+        net = EDMPrecond(resolution, 3, label_dim, **PRESETS[name]['net'], dropout=0).eval()
+    else:
+        net = load(name).requires_grad_(True)
+    make = functools.partial(BenchStep, net, n, precision=args.precision, device=device)
+    step, flops = make(), {}
+    for part in ('forward', 'backward'):
+        with FlopCounterMode(display=False) as counter:
+            getattr(step, part)()
+        flops[part] = counter.get_total_flops()
+    flops = {'one-step sampling': flops['forward'], 'forward and backward': flops['backward'],
+             'training step': flops['backward']}
+    if args.compile:
+        compile_networks(step.net)
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+    seconds = seconds_per_call({
+        'one-step sampling': step.forward, 'forward and backward': step.backward, 'optimizer': step.optimizer.step,
+        'moving average': step.average, 'training step': step}, device)
+    print(f'\n{name}, {n} images' + (f', peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB'
+                                     if device.type == 'cuda' else ''))
+    for part, s in seconds.items():
+        rate = flops.get(part, 0) / s / 1e12
+        work = f'{n / s:9.1f} images/s {rate:9.3f} TFLOP/s {rate / peak:6.1%} of peak ' \
+               f'{flops[part] / n / 1e9:8.3g} GFLOP/image' if rate else ''
+        print(f'{part:24s}{s * 1e3:9.2f} ms {s / seconds["training step"]:6.1%}  {work}')
+    if args.ways:
+        make = functools.partial(make, compile=args.compile)
+        naive = dict(channels_last=False, fused=False, foreach=False, attention=plain_attention)
+        other = dict(fp32='bf16', bf16='fp32')[args.precision]
+        ways = {'as it is': step, 'naive: the next four at once': make(**naive),
+                **{f'{key}: {value if isinstance(value, bool) else "einsum"}': make(**{key: value})
+                   for key, value in naive.items()},
+                other: make(precision=other),
+                'not compiled' if args.compile else 'compiled': make(compile=not args.compile)}
+        seconds = seconds_per_call(ways, device)
+        print('the whole step in other ways: its time over the time as it is')
+        for way, s in seconds.items():
+            print(f'{way:34s}{s / seconds["as it is"]:8.3f}')
 
 
 def main(argv=None):

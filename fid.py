@@ -304,7 +304,7 @@ class Ruler:
         self.net = self.real = None
         if features == 'inception':
             load = edm_nets.rank0_first if dist.is_initialized() else lambda function, path: function(path)
-            # On a GPU float32 convolutions without TF32 are written for contiguous images; on a CPU, see `bench`.
+            # Measured on a CPU (`bench`); on a GPU, in float32 without TF32, contiguous is the usual choice: untested.
             layout = torch.contiguous_format if device.type == 'cuda' else torch.channels_last
             self.net = load(inception_v3, inception).to(device, memory_format=layout)
         ref = ref or (cache if cache and os.path.exists(cache) else None)

@@ -561,8 +561,7 @@ def train(args):
     if student.model.map_augment is not None:
         student.model.map_augment.requires_grad_(False)  # no augmentation here: its gradient would be zero
     if args.compile:
-        student.compile()
-        ratio_net.compile()
+        edm_nets.compile_networks(student, ratio_net)
     wrap = functools.partial(DDP, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
     ddp_student, ddp_ratio = wrap(student), wrap(ratio_net)
     a, b = (sum(p.numel() for p in net.parameters()) / 1e6 for net in (student, ratio_net))
