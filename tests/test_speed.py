@@ -107,7 +107,8 @@ def test_a_step_waits_for_nothing(script, runs, tmp_path, capsys):
 def test_a_profile_is_of_what_was_asked_for(tmp_path, monkeypatch):
     """Not of the teacher that is trained on the way, which is finished as ever."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(edm_nets.PRESETS, 'shapes', dict(edm_nets.PRESETS['shapes'], kimg=1))
+    net = dict(edm_nets.SMALL, model_channels=8, channel_mult=[1, 2])
+    monkeypatch.setitem(edm_nets.PRESETS, 'shapes', dict(edm_nets.PRESETS['shapes'], net=net, kimg=1))
     done = run(ROOT / 'disback.py', '--profile', '1')
     assert done.returncode == 0 and 'fake score, forward' in done.stdout and 'network, forward' not in done.stdout
     assert (tmp_path / 'runs' / 'teacher-shapes' / 'teacher-000001.pt').exists()
