@@ -30,6 +30,7 @@ import datetime
 import functools
 import json
 import os
+import signal
 import sys
 import time
 import zipfile
@@ -108,6 +109,7 @@ def parse_args(argv=None):
     p.add_argument('--compile', action='store_true', help='torch.compile the networks')
     p.add_argument('--profile', type=int, nargs='?', const=16, metavar='STEPS', help='time a few steps, part by part; '
                    'no run (16 steps)')
+    p.add_argument('--restart', action='store_true', help='start over; the old run folder is renamed, not deleted')
     p.add_argument('--snapshot-kimg', type=float, default=preset['snapshot_kimg'], help='files, scores (%(default)s)')
     p.add_argument('--status-kimg', type=float, default=preset['status_kimg'], help='status lines (%(default)s)')
     p.add_argument('--eval-images', type=int, default=preset['eval_images'], help='per scoring; 0: none (%(default)s)')
@@ -301,12 +303,52 @@ def check_finite(parts):
                 f'a weight of {name} is not finite: training has diverged; latest.pt is from before')
 
 
+class Stop:
+    """SIGTERM or Ctrl-C ends the run after the step, with a checkpoint; a second Ctrl-C ends it at once."""
+
+    def __init__(self):
+        self.asked = False
+        self.hosts = dist.new_group(backend='gloo') if dist.get_world_size() > 1 else None
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __call__(self):
+        """Whether any rank was asked to. Collective, among the hosts: no device is waited for."""
+        if self.hosts is None:
+            return self.asked
+        asked = torch.tensor([float(self.asked)])
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.hosts)
+        return bool(asked)
+
+    def over(self, out, kimg):
+        """The loop has ended: signals mean again what they did. If one had come, exit with status 0."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self():
+            print0(f'{out}: stopped at {kimg:g} kimg; the same command goes on from there')
+            sys.exit(0)
+
+
 def save_checkpoint(out, state):
     """Write latest.pt, keeping the one before it as previous.pt. Whenever killed, one of them is whole."""
     atomic_save(state, f'{out}/next.pt')
     if os.path.exists(f'{out}/latest.pt'):
         os.replace(f'{out}/latest.pt', f'{out}/previous.pt')
     os.replace(f'{out}/next.pt', f'{out}/latest.pt')
+
+
+def open_run(args):
+    """Make the run folder. --restart: rename the old one to OUT-before-1, -2, ...; nothing is deleted. Collective."""
+    if dist.get_rank() == 0:
+        if args.restart and os.path.exists(args.out):
+            number = next(i for i in range(1, 1000) if not os.path.exists(f'{args.out}-before-{i}'))
+            os.rename(args.out, f'{args.out}-before-{number}')
+            print(f'{args.out} was renamed to {args.out}-before-{number}', flush=True)
+        os.makedirs(args.out, exist_ok=True)
+    dist.barrier()  # guards the folder
 
 
 def load_checkpoint(out, config):
@@ -331,10 +373,10 @@ def load_checkpoint(out, config):
         old, new = state['config'], config
         changed = [f'{k}: {old.get(k)} -> {new.get(k)}' for k in sorted(old | new) if old.get(k) != new.get(k)]
         if changed:
-            raise ValueError(f'{out} holds another run ({", ".join(changed)}): give another --out')
+            raise ValueError(f'{out} holds another run ({", ".join(changed)}): give another --out, or --restart')
         return state
     if any(os.path.exists(f'{path}.damaged') for path in paths):
-        raise ValueError(f'no whole checkpoint is left in {out}: delete the folder to start over')
+        raise ValueError(f'no whole checkpoint is left in {out}: --restart starts over')
     return None
 
 
@@ -374,7 +416,7 @@ def train(args):
     rounds = rank_slices(args.batch, args.batch_gpu)
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
     autocast = make_autocast(args.precision, device)
-    os.makedirs(args.out, exist_ok=True)
+    open_run(args)
     if args.teacher is None:
         args.teacher = edm_nets.shapes_teacher() if args.dataset == 'shapes' else edm_nets.TEACHERS[args.dataset]
 
@@ -453,6 +495,7 @@ def train(args):
         print0('warning: --kimg ends before the last target, the teacher: give fewer --nodes or a smaller --node-kimg')
 
     draw = functools.partial(draw_noise, args.batch, teacher)  # for the global batch
+    stop = Stop()
     means, tick_time, tick_seen = Means(), time.time(), degraded + nimg
     while True:
         # The target of the moment.
@@ -465,7 +508,8 @@ def train(args):
         # Status line, snapshot, checkpoint, done?
         count = degraded if degrading else nimg
         snapshot = done or is_due(count, args.batch, args.snapshot_kimg)
-        if seen != resumed and (snapshot or is_due(count, args.batch, args.status_kimg)):
+        stopping = stop()
+        if seen != resumed and (snapshot or stopping or is_due(count, args.batch, args.status_kimg)):
             generator = data.step_generator(args.seed, seen, 2, device)
             z, labels, sigma, eps = (part[rounds[0]] for part in draw(generator, *args.fake_sigma))
             with torch.no_grad(), autocast():
@@ -475,7 +519,7 @@ def train(args):
                     error = denoising_error(net(x_0 + sigma * eps, sigma, labels), x_0, sigma).mean()
                     means.add(**{f'error_{name}': error})
             stats, seconds = dict(node=node, degrade_kimg=degraded / 1000, **means.collect()), time.time() - tick_time
-            if snapshot:
+            if snapshot or stopping:
                 check_finite(evolving)
             if snapshot and ruler and (seen == 0 or nimg > 0):
                 stats |= ruler.score(lambda seeds: edm_nets.generate(ema, seeds), args.eval_images)
@@ -484,11 +528,12 @@ def train(args):
                 data.save_grid(edm_nets.generate(ema, range(64)), f'{args.out}/grid-{nimg // 1000:06d}.png', scale=2)
                 if nimg:
                     edm_nets.save(f'{args.out}/student-{nimg // 1000:06d}.pt', ema, args.dataset, nimg)
+            if (snapshot or stopping) and rank == 0:
                 save_checkpoint(args.out, dict(
                     {name: part.state_dict() for name, part in evolving.items()}, config=config, degraded=degraded,
                     nimg=nimg, log_bytes=os.path.getsize(f'{args.out}/stats.jsonl')))
             tick_time, tick_seen = time.time(), seen
-        if done:
+        if done or stopping:
             break
 
         # Random numbers of this step, for the global batch; this rank takes its rows.
@@ -589,6 +634,7 @@ def train(args):
         if degraded == degrade_total:
             fake_optimizer = evolving['fake_optimizer'] = adam(fake_parameters, lr=args.fake_lr)
     dist.barrier()  # guards the last files
+    stop.over(args.out, nimg / 1000)
     return True
 
 

@@ -24,6 +24,7 @@ import itertools
 import json
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
@@ -745,12 +746,52 @@ def check_finite(parts):
                 f'a weight of {name} is not finite: training has diverged; latest.pt is from before')
 
 
+class Stop:
+    """SIGTERM or Ctrl-C ends the run after the step, with a checkpoint; a second Ctrl-C ends it at once."""
+
+    def __init__(self):
+        self.asked = False
+        self.hosts = dist.new_group(backend='gloo') if dist.get_world_size() > 1 else None
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __call__(self):
+        """Whether any rank was asked to. Collective, among the hosts: no device is waited for."""
+        if self.hosts is None:
+            return self.asked
+        asked = torch.tensor([float(self.asked)])
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.hosts)
+        return bool(asked)
+
+    def over(self, out, kimg):
+        """The loop has ended: signals mean again what they did. If one had come, exit with status 0."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self():
+            print0(f'{out}: stopped at {kimg:g} kimg; the same command goes on from there')
+            sys.exit(0)
+
+
 def save_checkpoint(out, state):
     """Write latest.pt, keeping the one before it as previous.pt. Whenever killed, one of them is whole."""
     atomic_save(state, f'{out}/next.pt')
     if os.path.exists(f'{out}/latest.pt'):
         os.replace(f'{out}/latest.pt', f'{out}/previous.pt')
     os.replace(f'{out}/next.pt', f'{out}/latest.pt')
+
+
+def open_run(args):
+    """Make the run folder. --restart: rename the old one to OUT-before-1, -2, ...; nothing is deleted. Collective."""
+    if dist.get_rank() == 0:
+        if args.restart and os.path.exists(args.out):
+            number = next(i for i in range(1, 1000) if not os.path.exists(f'{args.out}-before-{i}'))
+            os.rename(args.out, f'{args.out}-before-{number}')
+            print(f'{args.out} was renamed to {args.out}-before-{number}', flush=True)
+        os.makedirs(args.out, exist_ok=True)
+    dist.barrier()  # guards the folder
 
 
 def load_checkpoint(out, config):
@@ -775,10 +816,10 @@ def load_checkpoint(out, config):
         old, new = state['config'], config
         changed = [f'{k}: {old.get(k)} -> {new.get(k)}' for k in sorted(old | new) if old.get(k) != new.get(k)]
         if changed:
-            raise ValueError(f'{out} holds another run ({", ".join(changed)}): give another --out')
+            raise ValueError(f'{out} holds another run ({", ".join(changed)}): give another --out, or --restart')
         return state
     if any(os.path.exists(f'{path}.damaged') for path in paths):
-        raise ValueError(f'no whole checkpoint is left in {out}: delete the folder to start over')
+        raise ValueError(f'no whole checkpoint is left in {out}: --restart starts over')
     return None
 
 
@@ -984,6 +1025,7 @@ def parse_train_args(argv):
     p.add_argument('--compile', action='store_true', help='torch.compile the network')
     p.add_argument('--profile', type=int, nargs='?', const=16, metavar='STEPS', help='time a few steps, part by part; '
                    'no run (16 steps)')
+    p.add_argument('--restart', action='store_true', help='start over; the old run folder is renamed, not deleted')
     p.add_argument('--snapshot-kimg', type=float, default=preset['snapshot_kimg'], help='files, grid (%(default)s)')
     p.add_argument('--status-kimg', type=float, default=preset['status_kimg'], help='lines (%(default)s)')
     args = p.parse_args(argv)
@@ -1002,7 +1044,7 @@ def train(args):
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
     autocast = make_autocast(args.precision, device)
     torch.manual_seed(args.seed)
-    os.makedirs(args.out, exist_ok=True)
+    open_run(args)
 
     # Data.
     dataset = rank0_first(data.open_dataset, args.dataset, args.data)
@@ -1041,25 +1083,28 @@ def train(args):
         start_log(args.out, state['log_bytes'] if state else 0, args)
     del state
 
+    stop = Stop()
     means, tick_time, tick_nimg = Means(), time.time(), nimg
     while True:
         # Status line, snapshot, checkpoint, done?
         done = nimg >= total
         snapshot = done or is_due(nimg, args.batch, args.snapshot_kimg)
-        if nimg != resumed and (snapshot or is_due(nimg, args.batch, args.status_kimg)):
+        stopping = stop()
+        if nimg != resumed and (snapshot or stopping or is_due(nimg, args.batch, args.status_kimg)):
             log_status(args.out, means.collect(), nimg, total, time.time() - tick_time, nimg - tick_nimg)
-            if snapshot:
+            if snapshot or stopping:
                 check_finite(dict(net=net, ema=ema))
             if snapshot and rank == 0:
                 grid = generate(ema, range(64), num_steps=None if args.sigma else 18)
                 data.save_grid(grid, f'{args.out}/grid-{nimg // 1000:06d}.png', scale=2)
                 if nimg:
                     save(f'{args.out}/teacher-{nimg // 1000:06d}.pt', ema, args.dataset, nimg)
+            if (snapshot or stopping) and rank == 0:
                 save_checkpoint(args.out, dict(
                     config=config, nimg=nimg, net=net.state_dict(), ema=ema.state_dict(),
                     optimizer=optimizer.state_dict(), log_bytes=os.path.getsize(f'{args.out}/stats.jsonl')))
             tick_time, tick_nimg = time.time(), nimg
-        if done:
+        if done or stopping:
             break
 
         # One step. The random numbers are drawn for the global batch; this rank takes its rows.
@@ -1095,6 +1140,7 @@ def train(args):
         update_ema(ema, net, nimg, args.batch, preset['ema_kimg'])
         nimg += args.batch
     dist.barrier()  # guards the last files
+    stop.over(args.out, nimg / 1000)
 
 
 def start_training(argv):

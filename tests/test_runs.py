@@ -194,8 +194,8 @@ def test_sample_and_score(folder, tmp_path):
 def test_copies_are_identical():
     """The helpers that every script repeats are the same text everywhere."""
     for name in ('setup', 'rank_slices', 'sync_last', 'make_autocast', 'rank0_first', 'check_positive', 'print0',
-                 'is_due', 'update_ema', 'Means', 'check_finite', 'save_checkpoint', 'load_checkpoint', 'start_log',
-                 'log_status'):
+                 'is_due', 'update_ema', 'Means', 'check_finite', 'Stop', 'open_run', 'save_checkpoint',
+                 'load_checkpoint', 'start_log', 'log_status'):
         for script in (disback, teacher_free, distributional):
             assert inspect.getsource(getattr(edm_nets, name)) == inspect.getsource(getattr(script, name)), name
     for name in ('read_scores', 'report', 'draw_noise', 'open_both'):  # the first in all, the rest in two scripts
