@@ -784,7 +784,15 @@ def save_checkpoint(out, state):
 
 
 def open_run(args):
-    """Make the run folder. --restart: rename the old one to OUT-before-1, -2, ...; nothing is deleted. Collective."""
+    """Make the run folder. --restart: rename the old one to OUT-before-1, -2, ...; nothing is deleted. Collective.
+
+    Raises ValueError, on all ranks, where one was started with other arguments than rank 0.
+    """
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, vars(args))
+    for rank, theirs in enumerate(everyone):
+        if differ := [f'{k}: {v} -> {theirs[k]}' for k, v in everyone[0].items() if theirs[k] != v]:
+            raise ValueError(f'rank {rank} was started with other arguments than rank 0 ({", ".join(differ)})')
     if dist.get_rank() == 0:
         if args.restart and os.path.exists(args.out):
             number = next(i for i in range(1, 1000) if not os.path.exists(f'{args.out}-before-{i}'))

@@ -295,10 +295,12 @@ class Ruler:
 
     features: 'inception' (FID, weights from `inception` or fetched) or 'pixels' (pixel-FD). The reference is the
     whole `dataset`, or the statistics in the .npz file `ref`. Collective: every rank makes one. `cache` names a .npz
-    file that keeps the measured reference.
+    file that keeps the measured reference. Raises ValueError when the dataset has fewer than ten images.
     """
 
     def __init__(self, dataset, features, device, inception=None, ref=None, cache=None):
+        if len(dataset) < 10:
+            raise ValueError(f'{len(dataset)} images are too few to compare with (--eval-images 0 trains without scores)')
         self.dataset, self.device = dataset, device
         self.name = 'FID' if features == 'inception' else 'pixel-FD'
         self.net = self.real = None

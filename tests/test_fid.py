@@ -118,6 +118,11 @@ def test_score_of_data_and_of_batches():
     assert fid.frechet_distance(mu, sigma, ruler.mu, ruler.sigma) == pytest.approx(all_at_once['pixel-FD'], rel=1e-6)
 
 
+def test_too_few_images_to_compare_with():
+    with pytest.raises(ValueError, match='3 images are too few'):
+        fid.Ruler(data.Shapes(3), 'pixels', torch.device('cpu'))
+
+
 def test_reference_files(tmp_path):
     dataset = data.Shapes(300)
     np.savez(tmp_path / 'bad.npz', x=1)

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -98,18 +99,19 @@ disback.main(sys.argv[2:])
 
 
 def test_kill_and_resume_bit_for_bit(folder):
-    """SIGKILL while training and in the middle of a checkpoint write; the same command ends with the same bits."""
+    """SIGKILL while training and in a checkpoint write, SIGTERM; the same command ends with the same bits."""
     command = [*STUDENT, '--teacher', str(teacher(folder)), '--out', str(folder / 'killed')]
     kills = 0
-    for lines in (2, 6):  # killed when stats.jsonl has so many lines
-        process = subprocess.Popen([sys.executable, str(ROOT / 'disback.py'), *command], env=ENV,
-                                   stdout=subprocess.DEVNULL)
+    for lines, number in ((2, signal.SIGKILL), (6, signal.SIGTERM)):  # sent when stats.jsonl has so many lines
+        process = subprocess.Popen([sys.executable, str(ROOT / 'disback.py'), *command], env=ENV, text=True,
+                                   stdout=subprocess.PIPE)
         log = folder / 'killed' / 'stats.jsonl'
         while process.poll() is None and not (log.exists() and len(open(log).readlines()) >= lines):
             time.sleep(0.005)
         kills += process.poll() is None
-        process.kill()
-        process.wait()
+        process.send_signal(number)
+        output = process.communicate()[0]
+    assert process.returncode == 0 and 'stopped at' in output  # SIGTERM: a checkpoint of the step it came in
     kills += run('-c', KILL_IN_A_WRITE, 3, *command).returncode == -9  # half-way through the third file written
     assert kills >= 2
     done = run(ROOT / 'disback.py', *command)
@@ -119,7 +121,7 @@ def test_kill_and_resume_bit_for_bit(folder):
     stats = [list(map(json.loads, open(folder / name / 'stats.jsonl'))) for name in ('plain', 'killed')]
     for line in stats[0] + stats[1]:
         del line['sec_per_kimg']
-    assert stats[0] == stats[1]
+    assert stats[0][-1] == stats[1][-1] and len(stats[0]) <= len(stats[1]) <= len(stats[0]) + 1  # the stop has a line
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(folder):
@@ -136,6 +138,16 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(folder):
         assert done.returncode == 0 and 'latest.pt is damaged' in done.stdout and 'resuming' in done.stdout
         plain, mended = (weights(folder / name / 'student-000000.pt') for name in ('plain', 'damaged'))
         assert all(torch.equal(plain[k], mended[k]) for k in plain)
+
+
+def test_restart_keeps_the_old_folder(folder):
+    shutil.copytree(folder / 'plain', folder / 'again')
+    command = [ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder), '--out', folder / 'again', '--lr', '2e-4']
+    assert '--restart' in run(*command).stderr
+    done = run(*command, '--restart', '--kimg', '0.032', '--nodes', '0')
+    assert done.returncode == 0, done.stderr
+    assert set(os.listdir(folder / 'again-before-1')) == set(os.listdir(folder / 'plain'))
+    assert json.loads(open(folder / 'again' / 'stats.jsonl').readlines()[-1])['kimg'] == 0.032
 
 
 def test_gan_term_and_dmd_form_run(folder):
@@ -173,6 +185,7 @@ def test_bad_input_is_one_line(folder, tmp_path):
     for more, message in [
             (['--out', folder / 'plain', '--lr', '0.5'], 'lr: 0.0001 -> 0.5'),
             (['--out', tmp_path / 'a', '--batch', '30', '--batch-gpu', '8'], 'not a multiple'),
+            (['--out', tmp_path / 'a', '--batch-gpu', '0'], '--batch-gpu must be positive'),
             (['--out', tmp_path / 'b', '--teacher', tmp_path / 'random.pt'], 'cannot load'),
             (['--out', tmp_path / 'c', '--teacher', tmp_path / 'none.pt'], 'no network at'),
             (['--out', tmp_path / 'd', '--lr', '1e9', '--nodes', '0'], 'diverged')]:
