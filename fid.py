@@ -300,7 +300,7 @@ class Ruler:
 
     def __init__(self, dataset, features, device, inception=None, ref=None, cache=None):
         if len(dataset) < 10:
-            raise ValueError(f'{len(dataset)} images are too few to compare with (--eval-images 0 trains without scores)')
+            raise ValueError(f'{len(dataset)} images are too few to compare with; --eval-images 0: no scores')
         self.dataset, self.device = dataset, device
         self.name = 'FID' if features == 'inception' else 'pixel-FD'
         self.net = self.real = None
