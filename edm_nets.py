@@ -932,7 +932,7 @@ def profile(train, args):
     with tempfile.TemporaryDirectory() as folder:
         shared = [folder]
         dist.broadcast_object_list(shared)
-        args.out, args.eval_images = shared[0], 0
+        args.out, args.eval_images, args.restart = shared[0], 0, False
         args.kimg = args.status_kimg = args.snapshot_kimg = float('inf')
         try:
             train(args)
@@ -1162,13 +1162,13 @@ def shapes_teacher(sigma=None):
     out = 'runs/teacher-shapes' + (f'-sigma{sigma:g}' if sigma else '')
     path = f'{out}/teacher-{PRESETS["shapes"]["kimg"]:06d}.pt'
     if not os.path.exists(path):
-        profile, Profile.running = Profile.running, None  # these are not the steps that were asked for
+        asked, Profile.running = Profile.running, None  # a profile is not of these steps
         try:
             train(parse_train_args(['--dataset', 'shapes', *(['--sigma', str(sigma)] if sigma else [])]))
         except ValueError as error:
             raise ValueError(f'{error}; or name a --teacher') from None
         finally:
-            Profile.running = profile
+            Profile.running = asked
     return path
 
 # ----------------------------------------------------------------------------------------------------

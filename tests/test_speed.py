@@ -87,7 +87,7 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
-def test_a_step_waits_for_nothing(script, runs, tmp_path, capsys):
+def test_a_step_waits_for_nothing(script, runs, tmp_path):
     """No number is read back from the device (copies to it are not seen here: on a GPU --profile warns of both).
 
     And --profile names the parts of the step, and leaves nothing but the trace.
