@@ -16,6 +16,7 @@ import argparse
 import collections
 import functools
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -38,6 +39,7 @@ HOW_TO_PREPARE = {  # datasets that cannot be fetched
     'ffhq64': 'python data.py prepare FFHQ_IMAGES datasets/ffhq64 --resolution 64',
     'afhqv2': 'python data.py prepare AFHQV2_TRAIN datasets/afhqv2 --resolution 64 --no-labels',
     'imagenet64': 'python data.py prepare ILSVRC/Data/CLS-LOC/train datasets/imagenet64 --resolution 64'}
+MAX_CLASSES = 1 << 20
 IMAGE_TYPES = {'.png', '.jpg', '.jpeg', '.bmp', '.webp', '.gif', '.ppm', '.tif', '.tiff'}
 
 # ----------------------------------------------------------------------------------------------------
@@ -76,8 +78,11 @@ def grid(images, columns, scale):
 
 def save_png(picture, path):
     """uint8 [H, W, 3] -> PNG, written whole or not at all."""
-    Image.fromarray(picture).save(f'{path}.tmp', format='png')
-    os.replace(f'{path}.tmp', path)
+    try:
+        Image.fromarray(picture).save(f'{path}.tmp', format='png')
+        os.replace(f'{path}.tmp', path)
+    finally:
+        Path(f'{path}.tmp').unlink(missing_ok=True)
 
 
 def save_grid(images, path, scale=1):
@@ -136,17 +141,25 @@ class Folder:
     def __init__(self, path):
         if not (Path(path) / 'images.npy').is_file():
             raise FileNotFoundError(f'no images.npy in {path}: make it with `python data.py prepare SOURCE {path}`')
-        self.data = np.load(Path(path) / 'images.npy', mmap_mode='r')
+        self.data = self.read(Path(path) / 'images.npy', mmap_mode='r')
         if self.data.dtype != np.uint8 or self.data.ndim != 4 or self.data.shape[1] != self.data.shape[2] \
                 or self.data.shape[3] != 3 or not len(self.data):
             raise ValueError(f'{path}/images.npy is {self.data.dtype} {list(self.data.shape)}, not uint8 [N, R, R, 3]')
         self.resolution = self.data.shape[1]
         self.targets = None
         if (Path(path) / 'labels.npy').is_file():
-            self.targets = np.load(Path(path) / 'labels.npy')
-            if self.targets.dtype != np.int64 or self.targets.shape != (len(self.data),) or self.targets.min() < 0:
-                raise ValueError(f'{path}/labels.npy must be int64 [{len(self.data)}] with no negative label')
+            self.targets = self.read(Path(path) / 'labels.npy')
+            if self.targets.dtype != np.int64 or self.targets.shape != (len(self.data),) \
+                    or self.targets.min() < 0 or self.targets.max() >= MAX_CLASSES:
+                raise ValueError(f'{path}/labels.npy must be int64 [{len(self.data)}] of class numbers from 0')
         self.label_dim = 0 if self.targets is None else int(self.targets.max()) + 1
+
+    @staticmethod
+    def read(path, **kwargs):
+        try:
+            return np.load(path, **kwargs)
+        except Exception as error:  # whatever a damaged file can provoke
+            raise ValueError(f'{path} is damaged: {error}') from None
 
     def __len__(self):
         return len(self.data)
@@ -244,8 +257,8 @@ def _shape_templates():
 def open_dataset(dataset, path=None):
     """`shapes`, or the prepared folder of `dataset` (`path`, by default datasets/NAME). CIFAR-10 is fetched if missing.
 
-    Raises FileNotFoundError with the command that prepares a dataset which cannot be fetched. In a run of several
-    processes let rank 0 call it first.
+    Raises FileNotFoundError with the command that prepares a dataset which cannot be fetched. Warns of a folder whose
+    images are all the same, or with a class that has none. In a run of several processes let rank 0 call it first.
     """
     if dataset == 'shapes' and path is None:
         return Shapes()
@@ -254,7 +267,14 @@ def open_dataset(dataset, path=None):
         prepare('cifar10', path)
     if not path.exists() and dataset in HOW_TO_PREPARE:
         raise FileNotFoundError(f'{path} not found. {dataset} cannot be fetched: `{HOW_TO_PREPARE[dataset]}` makes it')
-    return Folder(path)
+    folder, rank = Folder(path), os.environ.get('RANK', '0')
+    first = folder.images(np.arange(min(100, len(folder))))
+    if (first == first[0]).all() and rank == '0':
+        print(f'warning: {path}: ' + ('one image alone' if len(folder) == 1 else 'the first images are all the same'))
+    missing = sorted(set(range(folder.label_dim)) - set(() if folder.targets is None else folder.targets.tolist()))
+    if missing and rank == '0':
+        print(f'warning: {path}: no image of {len(missing)} of {folder.label_dim} classes, e.g. of class {missing[0]}')
+    return folder
 
 # ----------------------------------------------------------------------------------------------------
 # Download.
@@ -277,6 +297,9 @@ def download(url, path, timeout=30, **checksum):
     try:
         with urllib.request.urlopen(request, timeout=timeout) as response:
             have = have if response.status == 206 else 0  # the server may ignore the range: start again
+            if have and not response.headers.get('Content-Range', '').startswith(f'bytes {have}-'):
+                partial.unlink()
+                raise OSError('the server sent another part than was asked for, so what is here was removed')
             total = have + int(response.headers.get('Content-Length') or 0)
             with open(partial, 'r+b' if have else 'wb') as f:
                 f.seek(have)
@@ -287,12 +310,11 @@ def download(url, path, timeout=30, **checksum):
                 f.truncate()
                 if total and f.tell() < total:
                     raise OSError(f'{f.tell()} of {total} bytes came')
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing left to send, or the file has changed: start afresh next time
-            partial.unlink()
-        raise OSError(f'cannot fetch {url}: {error}; run the same command again') from None
-    except OSError as error:
-        raise OSError(f'cannot fetch {url}: {error}; run the same command again to go on from there') from None
+    except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code == 416:
+            partial.unlink(missing_ok=True)  # nothing left to send, or the file has changed: start afresh next time
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise OSError(f'cannot fetch {url}: {reason}; run the same command again to go on') from None
     for name, expected in checksum.items():
         with open(partial, 'rb') as f:
             digest = hashlib.file_digest(f, name).hexdigest()
@@ -331,21 +353,23 @@ def read_cifar10(path):
         members = {Path(m.name).name: m for m in tar.getmembers() if m.isfile()}
         for i in range(1, 6):
             member = members.get(f'data_batch_{i}.bin') or members.get(f'data_batch_{i}')
-            if member is None:
-                raise ValueError(f'{path} has no data_batch_{i}: not a CIFAR-10 tarball')
+            if member is None or member.size > 1 << 26:
+                raise ValueError(f'no data_batch_{i} of 31 MB: not a CIFAR-10 tarball')
             raw = tar.extractfile(member).read()
             if member.name.endswith('.bin'):
                 if len(raw) % 3073:
-                    raise ValueError(f'{member.name} in {path} is not made of records of 3073 bytes')
+                    raise ValueError(f'{member.name} is not made of records of 3073 bytes')
                 rows = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
                 records += [(int(row[0]), row[1:]) for row in rows]
             else:
                 batch = CifarUnpickler(io.BytesIO(raw), encoding='latin1').load()
+                if batch['data'].dtype != np.uint8:
+                    raise ValueError(f'{member.name} is {batch["data"].dtype}, expected uint8')
                 records += list(zip(batch['labels'], batch['data'], strict=True))
-    bad = [label for label, _ in records if not 0 <= label < 10]
+    bad = [label for label, _ in records if label not in range(10)]
     if bad:
-        raise ValueError(f'label {bad[0]} out of range 0..9 in {path}')
-    return len(records), ((f'image {i}', np.asarray(row, np.uint8).reshape(3, 32, 32).transpose(1, 2, 0), label)
+        raise ValueError(f'label {bad[0]!r} out of range 0..9')
+    return len(records), ((f'image {i}', row.reshape(3, 32, 32).transpose(1, 2, 0), label)
                           for i, (label, row) in enumerate(records))
 
 
@@ -357,10 +381,14 @@ def read_npz(folder):
     def images():
         for f in files:
             batch = np.load(f)
-            pixels, labels = batch['data'], np.asarray(batch['labels'], np.int64) - 1
-            side = int((pixels.shape[1] // 3) ** 0.5)
+            pixels, labels = batch['data'], batch['labels']
+            side = int((pixels.shape[-1] // 3) ** 0.5)
+            if pixels.shape != (len(labels), 3 * side ** 2) or pixels.dtype != np.uint8 \
+                    or labels.dtype.kind not in 'iu':
+                raise ValueError(f'{f.name} has data {pixels.dtype} {list(pixels.shape)} and labels {labels.dtype} '
+                                 f'{list(labels.shape)}: expected uint8 [n, 3 R R] and whole numbers [n]')
             for i, row in enumerate(pixels):
-                yield f'{f.name}[{i}]', row.reshape(3, side, side).transpose(1, 2, 0), int(labels[i])
+                yield f'{f.name}[{i}]', row.reshape(3, side, side).transpose(1, 2, 0), int(labels[i]) - 1
     return sum(counts), images()
 
 
@@ -370,10 +398,12 @@ def read_zip(path):
     names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in IMAGE_TYPES)
     labels = None
     if 'dataset.json' in archive.namelist():
+        if archive.getinfo('dataset.json').file_size > 1 << 30:
+            raise ValueError('dataset.json of more than 1 GiB')
         labels = json.loads(archive.read('dataset.json')).get('labels')
     labels = None if labels is None else dict(labels)
     if labels is not None and set(names) - set(labels):
-        raise ValueError(f'dataset.json in {path} has no label for {sorted(set(names) - set(labels))[0]}')
+        raise ValueError(f'dataset.json has no label for {sorted(set(names) - set(labels))[0]}')
     return len(names), ((n, archive.open(n), labels and labels[n]) for n in names)
 
 
@@ -383,7 +413,7 @@ def read_folder(path):
     tops = sorted({f.relative_to(path).parts[0] for f in files if f.parent != Path(path)})
     classes = {top: i for i, top in enumerate(tops)} if len(tops) > 1 else None
     if classes and any(f.parent == Path(path) for f in files):
-        raise ValueError(f'{path} has images both in class folders and beside them')
+        raise ValueError('there are images both in class folders and beside them')
     return len(files), ((str(f), f, classes and classes[f.relative_to(path).parts[0]]) for f in files)
 
 
@@ -393,10 +423,12 @@ def decode(name, image, resolution, converted):
         try:
             image = Image.open(image)
             image.load()
-        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+        except Exception as error:  # whatever a damaged image, or its archive, can provoke
             raise ValueError(f'cannot read {name}: {error}') from None
         if image.mode not in ('RGB', 'L', 'LA', 'RGBA', 'P', 'CMYK', '1'):
             raise ValueError(f'{name} has mode {image.mode}: convert it to 8-bit RGB')
+        if getattr(image, 'n_frames', 1) > 1:
+            converted['animations, first frame'] += 1
         if image.mode != 'RGB':
             converted[image.mode] += 1
             image = image.convert('RGB')
@@ -414,7 +446,7 @@ def decode(name, image, resolution, converted):
 def prepare(source, dest, resolution=None, use_labels=True):
     """Make a prepared folder at `dest` from `source`; nothing stands at `dest` until it is whole. Prints progress.
 
-    Raises OSError or ValueError in one line, leaving nothing behind, for whatever is wrong with the source.
+    Raises OSError or ValueError in one line, leaving nothing behind, for whatever is wrong with the source or the disk.
     """
     dest = Path(dest)
     if dest.exists():
@@ -435,9 +467,9 @@ def prepare(source, dest, resolution=None, use_labels=True):
         elif tarfile.is_tarfile(source):
             count, images = read_cifar10(source)
         else:
-            raise ValueError(f'{source} is neither a folder, a whole zip nor a CIFAR-10 tarball (truncated?)')
+            raise ValueError('neither a folder, a whole zip nor a CIFAR-10 tarball (truncated?)')
         if not count:
-            raise ValueError(f'no images in {source}')
+            raise ValueError('no images')
         labels, converted, side = [], collections.Counter(), resolution
         with open(temporary / 'images.npy', 'wb') as f:  # not a memmap: on a full disk that would die of SIGBUS
             for i, (name, image, label) in enumerate(images):
@@ -450,7 +482,7 @@ def prepare(source, dest, resolution=None, use_labels=True):
                     raise ValueError(f'{name} is {pixels.shape[1]}x{pixels.shape[0]} where others are {side}x{side}: '
                                      'give --resolution to make them equal')
                 if use_labels and label is not None:
-                    if not isinstance(label, int) or not 0 <= label < 1 << 20:
+                    if type(label) is not int or not 0 <= label < MAX_CLASSES:
                         raise ValueError(f'label {label!r} of {name} is out of range: expected a class number from 0')
                     labels.append(label)
                 f.write(np.ascontiguousarray(pixels).data)
@@ -458,12 +490,15 @@ def prepare(source, dest, resolution=None, use_labels=True):
                     print(f'  {i + 1} of {count} images', flush=True)
             f.flush()
             os.fsync(f.fileno())
+        if len(labels) not in (0, count):
+            raise ValueError(f'{len(labels)} of {count} images have a label: give all, none, or --no-labels')
         if labels:
             np.save(temporary / 'labels.npy', np.array(labels, np.int64))
         os.replace(temporary, dest)
-    except (EOFError, KeyError, TypeError, AttributeError, json.JSONDecodeError, zipfile.BadZipFile, tarfile.TarError,
-            pickle.UnpicklingError) as error:
-        raise ValueError(f'{source} is damaged or not what it seems: {type(error).__name__}: {error}') from None
+    except Exception as error:  # whatever a damaged or hostile source can provoke; told in one line, never hidden
+        told = isinstance(error, (OSError, ValueError))
+        kind = '' if told else f'damaged or not what it seems, {type(error).__name__}: '
+        raise ValueError(f'cannot prepare {source}: {kind}{error}') from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     note = f' ({", ".join(f"{n} from {mode}" for mode, n in converted.items())} to RGB)' if converted else ''

@@ -661,10 +661,9 @@ def default_teacher(dataset):
     return edm_nets.shapes_teacher() if dataset == 'shapes' else edm_nets.OFFICIAL.format(PRESETS[dataset]['teacher'])
 
 
-def open_both(args):
+def open_both(args, state=None):
     """(dataset, network to start from). Collective. Raises OSError; ValueError if they do not fit each other."""
-    dataset = rank0_first(data.open_dataset, args.dataset, args.data)
-    teacher = rank0_first(edm_nets.load, args.teacher)
+    dataset, teacher = edm_nets.open_data(args.dataset, args.data), edm_nets.open_teacher(args.teacher, state)
     if dataset.resolution != teacher.img_resolution:
         raise ValueError(f'{args.teacher} makes images of {teacher.img_resolution} px, not {dataset.resolution}')
     if teacher.label_dim and not 0 < dataset.label_dim <= teacher.label_dim:
@@ -836,16 +835,23 @@ def save_checkpoint(out, state):
     os.replace(f'{out}/next.pt', f'{out}/latest.pt')
 
 
+def agree(what, mine):
+    """Raise ValueError, on all ranks, naming the first rank where the dict `mine` is not that of rank 0. Collective."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for rank, theirs in enumerate(everyone):
+        keys = sorted(everyone[0] | theirs)
+        differ = [f'{k}: {everyone[0].get(k)} -> {theirs.get(k)}' for k in keys if everyone[0].get(k) != theirs.get(k)]
+        if differ:
+            raise ValueError(f'rank {rank} has other {what} than rank 0 ({", ".join(differ)})')
+
+
 def open_run(args):
     """Make the run folder. --restart: rename the old one to OUT-before-1, -2, ...; nothing is deleted. Collective.
 
     Raises ValueError, on all ranks, where one was started with other arguments than rank 0.
     """
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, vars(args))
-    for rank, theirs in enumerate(everyone):
-        if differ := [f'{k}: {v} -> {theirs[k]}' for k, v in everyone[0].items() if theirs[k] != v]:
-            raise ValueError(f'rank {rank} was started with other arguments than rank 0 ({", ".join(differ)})')
+    agree('arguments', vars(args))
     if dist.get_rank() == 0:
         if args.restart and os.path.exists(args.out):
             number = next(i for i in range(1, 1000) if not os.path.exists(f'{args.out}-before-{i}'))
@@ -856,32 +862,37 @@ def open_run(args):
 
 
 def load_checkpoint(out, config):
-    """The newest whole checkpoint of this run, or None. A damaged one is reported and set aside.
+    """The newest whole checkpoint of this run, or None. A damaged one is reported and set aside. Collective.
 
     Raises ValueError with the differences when the folder holds a run of another config.
     """
-    paths = [f'{out}/latest.pt', f'{out}/previous.pt']
-    for path in paths if dist.get_rank() == 0 else []:
-        if not os.path.exists(path):
-            continue
+    paths, state = [f'{out}/latest.pt', f'{out}/previous.pt'], None
+    if dist.get_rank() > 0:
+        dist.barrier()  # rank 0 looks first
+    for path in filter(os.path.exists, paths):
         try:
             with zipfile.ZipFile(path) as file:
-                if file.testzip():  # compares the checksum of every tensor
+                if dist.get_rank() == 0 and file.testzip():  # compares the checksum of every tensor
                     raise zipfile.BadZipFile('wrong checksum')
+            state = torch.load(path, map_location='cpu', weights_only=True)
+            old = dict(state['config'])
+            break
         except Exception as error:  # whatever a damaged file can provoke; reported, and the file is kept
-            print(f'{path} is damaged ({error}): set aside as {path}.damaged', flush=True)
+            if dist.get_rank() > 0:
+                raise
+            reason = str(error).split('\n')[0]
+            print(f'{path} is damaged ({reason}): set aside as {path}.damaged', flush=True)
             os.replace(path, f'{path}.damaged')
-    dist.barrier()  # guards the checkpoints
-    for path in filter(os.path.exists, paths):
-        state = torch.load(path, map_location='cpu', weights_only=True)
-        old, new = state['config'], config
-        changed = [f'{k}: {old.get(k)} -> {new.get(k)}' for k in sorted(old | new) if old.get(k) != new.get(k)]
-        if changed:
-            raise ValueError(f'{out} holds another run ({", ".join(changed)}): give another --out, or --restart')
-        return state
-    if any(os.path.exists(f'{path}.damaged') for path in paths):
+    if dist.get_rank() == 0:
+        dist.barrier()  # guards the checkpoints
+    agree('checkpoint', {k: v for k, v in (state or {}).items() if isinstance(v, int)})
+    if state is None and any(os.path.exists(f'{path}.damaged') for path in paths):
         raise ValueError(f'no whole checkpoint is left in {out}: --restart starts over')
-    return None
+    changed = [f'{k}: {old.get(k)} -> {config.get(k)}' for k in sorted(old | config)
+               if old.get(k) != config.get(k)] if state else []
+    if changed:
+        raise ValueError(f'{out} holds another run ({", ".join(changed)}): give another --out, or --restart')
+    return state
 
 
 def start_log(out, log_bytes, args):
@@ -933,8 +944,8 @@ def train(args):
         return False
 
     # Data.
-    dataset, teacher = open_both(args)
-    classes = teacher.label_dim
+    dataset, teacher = open_both(args, state)
+    classes, checksum = teacher.label_dim, teacher.checksum
     ruler = args.eval_images and fid.Ruler(
         dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
 
@@ -1005,7 +1016,7 @@ def train(args):
                 mixing = {k: v for k, v in projections.state_dict().items() if '.network.' not in k or '.resize.' in k}
                 save_checkpoint(args.out, dict(
                     {name: part.state_dict() for name, part in evolving.items()}, config=config, mixing=mixing,
-                    nimg=nimg, log_bytes=os.path.getsize(f'{args.out}/stats.jsonl')))
+                    teacher=checksum, nimg=nimg, log_bytes=os.path.getsize(f'{args.out}/stats.jsonl')))
             tick_time, tick_nimg = time.time(), nimg
         if done or stopping:
             break
@@ -1190,7 +1201,7 @@ def teacher_student_fd(args):
     _, _, device = setup()
     student = edm_nets.load(edm_nets.newest(args.out, 'student')).to(device)
     teacher = rank0_first(edm_nets.load, args.teacher).to(device)
-    dataset = rank0_first(data.open_dataset, args.dataset, args.data)
+    dataset = edm_nets.open_data(args.dataset, args.data)
     ruler = fid.Ruler(dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
     of_data = ruler.mu, ruler.sigma
     images = functools.partial(edm_nets.generate, student)
@@ -1253,7 +1264,7 @@ def activations(args, levels=24, images=64):
     _, _, device = setup()
     teacher = rank0_first(edm_nets.load, args.teacher).to(device)
     student = edm_nets.load(edm_nets.newest(args.out, 'student')).to(device)
-    dataset = rank0_first(data.open_dataset, args.dataset, args.data)
+    dataset = edm_nets.open_data(args.dataset, args.data)
     indices, _ = data.batch_order(args.seed, 0, images, len(dataset))
     x_0 = data.to_float(dataset.images(indices).to(device))
     labels = F.one_hot(dataset.labels(indices), teacher.label_dim).to(device) if teacher.label_dim else None

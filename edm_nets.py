@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from pathlib import Path
 from unittest import mock
 
@@ -136,6 +137,8 @@ class UNetBlock(nn.Module):
         super().__init__()
         self.adm, self.dropout = adm, dropout
         self.heads = (c_out // 64 if adm else 1) if attention else 0
+        if not 0 <= dropout <= 1:
+            raise ValueError(f'dropout {dropout}: expected a share')
         self.skip_scale = 1 if adm else 0.5 ** 0.5
         eps, small = (1e-5, 0) if adm else (1e-6, 1e-5)
         up = resampling == 'up'
@@ -359,6 +362,8 @@ class EDMPrecond(nn.Module):
         super().__init__()
         if model_type not in ('SongUNet', 'DhariwalUNet'):
             raise ValueError(f'model_type {model_type!r}: expected SongUNet or DhariwalUNet')
+        if not 0 <= sigma_min < sigma_max or not 0 < sigma_data < 1e6:
+            raise ValueError(f'{sigma_min=}, {sigma_max=}, {sigma_data=}: expected 0 <= min < max and 0 < data')
         self.kwargs = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim,
                            sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, model_type=model_type,
                            **model_kwargs)
@@ -401,13 +406,21 @@ TEACHERS = {dataset: OFFICIAL.format(name) for dataset, name in dict(
 
 
 def atomic_save(obj, path):
-    """torch.save so that `path` is always whole: a temporary name in the same folder, flushed to disk, renamed."""
+    """torch.save so that `path` is always whole: a temporary name in the same folder, flushed to disk, renamed.
+
+    Raises OSError, leaving `path` as it was and nothing beside it.
+    """
     temporary = f'{path}.tmp'
-    with open(temporary, 'wb') as f:
-        torch.save(obj, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, 'wb') as f:
+            torch.save(obj, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch's complaint that its file has no end, after the OSError of a full disk
+        raise OSError(f'cannot write {path}: {error.__context__ or error}') from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def save(path, net, dataset, nimg, **more):
@@ -425,7 +438,8 @@ def load(path_or_url):
 
     A URL is fetched once into the cache. Nothing in the file is executed. Raises FileNotFoundError, OSError
     (download), or ValueError with one line when the file is damaged, is something else, or asks for anything
-    beyond tensors, numbers and the official classes.
+    beyond tensors, numbers and the official classes. A .pt has checksums; the weights of a .pkl have none: there a
+    flipped bit goes unseen unless the number is no longer finite.
     """
     path = Path(path_or_url)
     if '://' in str(path_or_url):
@@ -439,14 +453,24 @@ def load(path_or_url):
         else:
             kwargs, state = read_official_pickle(path)
             sigma_init = None
+        if kwargs.get('num_blocks', 0) > 64 or len(kwargs.get('channel_mult', ())) > 16:
+            raise ValueError('the recorded network is absurdly deep')
         with torch.device('meta'):  # no memory until the shapes are known to agree
             net = EDMPrecond(**kwargs)
         net.load_state_dict(state, strict=True, assign=True)
+        for name, x in net.state_dict().items():
+            if not x.is_floating_point() or x.layout is not torch.strided or not x.isfinite().all():
+                raise ValueError(f'{name} is not made of finite floating-point numbers')
+        if sigma_init is not None and not 0 < sigma_init < 1e6:
+            raise ValueError(f'sigma_init {sigma_init}: expected a noise level, or None for a teacher')
     except Exception as error:  # whatever a damaged or hostile file can provoke; told in one line, never hidden
         reason = str(error).strip().split('\n')[0] or type(error).__name__
+        if path != Path(path_or_url):  # fetched: do not keep what is no network
+            path.unlink(missing_ok=True)
+            reason += '; removed from the cache'
         raise ValueError(f'cannot load {path_or_url}: {reason}') from None
     net.sigma_init = sigma_init
-    return net.eval().requires_grad_(False)
+    return net.float().eval().requires_grad_(False)
 
 
 def newest(folder, kind):
@@ -552,8 +576,6 @@ def read_official_pickle(path):
     interface = ['img_resolution', 'img_channels', 'label_dim', 'use_fp16', 'sigma_min', 'sigma_max', 'sigma_data',
                  'model_type']
     kwargs = dict(zip(interface, net.state.get('_init_args', ()))) | dict(net.state['_init_kwargs'])
-    if kwargs.get('num_blocks', 0) > 64 or len(kwargs.get('channel_mult', ())) > 16:
-        raise ValueError('the recorded network is absurdly deep')
     return kwargs, collections.OrderedDict(net.tensors())
 
 # ----------------------------------------------------------------------------------------------------
@@ -783,16 +805,23 @@ def save_checkpoint(out, state):
     os.replace(f'{out}/next.pt', f'{out}/latest.pt')
 
 
+def agree(what, mine):
+    """Raise ValueError, on all ranks, naming the first rank where the dict `mine` is not that of rank 0. Collective."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for rank, theirs in enumerate(everyone):
+        keys = sorted(everyone[0] | theirs)
+        differ = [f'{k}: {everyone[0].get(k)} -> {theirs.get(k)}' for k in keys if everyone[0].get(k) != theirs.get(k)]
+        if differ:
+            raise ValueError(f'rank {rank} has other {what} than rank 0 ({", ".join(differ)})')
+
+
 def open_run(args):
     """Make the run folder. --restart: rename the old one to OUT-before-1, -2, ...; nothing is deleted. Collective.
 
     Raises ValueError, on all ranks, where one was started with other arguments than rank 0.
     """
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, vars(args))
-    for rank, theirs in enumerate(everyone):
-        if differ := [f'{k}: {v} -> {theirs[k]}' for k, v in everyone[0].items() if theirs[k] != v]:
-            raise ValueError(f'rank {rank} was started with other arguments than rank 0 ({", ".join(differ)})')
+    agree('arguments', vars(args))
     if dist.get_rank() == 0:
         if args.restart and os.path.exists(args.out):
             number = next(i for i in range(1, 1000) if not os.path.exists(f'{args.out}-before-{i}'))
@@ -803,32 +832,37 @@ def open_run(args):
 
 
 def load_checkpoint(out, config):
-    """The newest whole checkpoint of this run, or None. A damaged one is reported and set aside.
+    """The newest whole checkpoint of this run, or None. A damaged one is reported and set aside. Collective.
 
     Raises ValueError with the differences when the folder holds a run of another config.
     """
-    paths = [f'{out}/latest.pt', f'{out}/previous.pt']
-    for path in paths if dist.get_rank() == 0 else []:
-        if not os.path.exists(path):
-            continue
+    paths, state = [f'{out}/latest.pt', f'{out}/previous.pt'], None
+    if dist.get_rank() > 0:
+        dist.barrier()  # rank 0 looks first
+    for path in filter(os.path.exists, paths):
         try:
             with zipfile.ZipFile(path) as file:
-                if file.testzip():  # compares the checksum of every tensor
+                if dist.get_rank() == 0 and file.testzip():  # compares the checksum of every tensor
                     raise zipfile.BadZipFile('wrong checksum')
+            state = torch.load(path, map_location='cpu', weights_only=True)
+            old = dict(state['config'])
+            break
         except Exception as error:  # whatever a damaged file can provoke; reported, and the file is kept
-            print(f'{path} is damaged ({error}): set aside as {path}.damaged', flush=True)
+            if dist.get_rank() > 0:
+                raise
+            reason = str(error).split('\n')[0]
+            print(f'{path} is damaged ({reason}): set aside as {path}.damaged', flush=True)
             os.replace(path, f'{path}.damaged')
-    dist.barrier()  # guards the checkpoints
-    for path in filter(os.path.exists, paths):
-        state = torch.load(path, map_location='cpu', weights_only=True)
-        old, new = state['config'], config
-        changed = [f'{k}: {old.get(k)} -> {new.get(k)}' for k in sorted(old | new) if old.get(k) != new.get(k)]
-        if changed:
-            raise ValueError(f'{out} holds another run ({", ".join(changed)}): give another --out, or --restart')
-        return state
-    if any(os.path.exists(f'{path}.damaged') for path in paths):
+    if dist.get_rank() == 0:
+        dist.barrier()  # guards the checkpoints
+    agree('checkpoint', {k: v for k, v in (state or {}).items() if isinstance(v, int)})
+    if state is None and any(os.path.exists(f'{path}.damaged') for path in paths):
         raise ValueError(f'no whole checkpoint is left in {out}: --restart starts over')
-    return None
+    changed = [f'{k}: {old.get(k)} -> {config.get(k)}' for k in sorted(old | config)
+               if old.get(k) != config.get(k)] if state else []
+    if changed:
+        raise ValueError(f'{out} holds another run ({", ".join(changed)}): give another --out, or --restart')
+    return state
 
 
 def start_log(out, log_bytes, args):
@@ -1055,7 +1089,7 @@ def train(args):
     open_run(args)
 
     # Data.
-    dataset = rank0_first(data.open_dataset, args.dataset, args.data)
+    dataset = open_data(args.dataset, args.data)
     label_dim = dataset.label_dim if args.cond else 0
 
     # Networks.
@@ -1149,6 +1183,33 @@ def train(args):
         nimg += args.batch
     dist.barrier()  # guards the last files
     stop.over(args.out, nimg / 1000)
+
+
+def open_data(name, path):
+    """data.open_dataset, by rank 0 first. Collective. Raises ValueError where the ranks find different images."""
+    dataset = rank0_first(data.open_dataset, name, path)
+    images = dataset.images(np.arange(min(100, len(dataset))))
+    agree('images', dict(count=len(dataset), resolution=dataset.resolution, classes=dataset.label_dim,
+                         checksum=zlib.crc32(images.numpy())))
+    return dataset
+
+
+def open_teacher(path, state=None):
+    """A teacher on the CPU, loaded by rank 0 first; `.checksum` is that of its weights. Collective.
+
+    Raises what `load` raises; ValueError where it is a student, is not the same on all ranks, or no longer the one
+    that the checkpoint `state` was trained from.
+    """
+    net = rank0_first(load, path)
+    if net.sigma_init is not None:
+        raise ValueError(f'{path} was trained at one noise level, sigma {net.sigma_init:g}: it is no teacher')
+    net.checksum = 0
+    for x in net.state_dict().values():
+        net.checksum = zlib.crc32(x.contiguous().numpy(), net.checksum)
+    agree('teacher', dict(checksum=net.checksum))
+    if state and state['teacher'] != net.checksum:
+        raise ValueError(f'{path} is not the network that this run began with: give another --out, or --restart')
+    return net
 
 
 def start_training(argv):

@@ -14,6 +14,7 @@ import copy
 import os
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -290,12 +291,41 @@ class Statistics:
         return mu.cpu(), ((self.outer - n * mu[:, None] * mu) / (n - 1)).cpu(), int(n)
 
 
+def save_statistics(path, mu, sigma):
+    """Write mu [d] and sigma [d, d] as EDM does, whole or not at all."""
+    try:
+        with open(f'{path}.tmp', 'wb') as file:
+            np.savez(file, mu=mu, sigma=sigma)
+        os.replace(f'{path}.tmp', path)
+    finally:
+        Path(f'{path}.tmp').unlink(missing_ok=True)
+
+
+def load_statistics(path, d):
+    """(mu float64 [d], sigma float64 [d, d]) of an .npz of EDM's format. Raises OSError, ValueError in one line."""
+    try:
+        with np.load(path) as file:
+            mu, sigma = (np.asarray(file[key], np.float64) for key in ('mu', 'sigma'))
+    except Exception as error:  # whatever a damaged or foreign file can provoke
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f'{path} is no .npz with mu and sigma: {error}') from None
+    if mu.shape != (d,) or sigma.shape != (d, d):
+        raise ValueError(f'{path} has statistics of {list(mu.shape)}, {list(sigma.shape)}, expected {[d]}, {[d, d]}: '
+                         'made from other features?')
+    if not (max(np.abs(mu).max(), np.abs(sigma).max()) < 1e100 and np.abs(sigma).max() < 1e100
+            and np.allclose(sigma, sigma.T) and sigma.diagonal().min() >= 0):
+        raise ValueError(f'{path}: mu and sigma are not a finite mean and covariance')
+    return mu, sigma
+
+
 class Ruler:
     """Features, and the reference to compare with: `score` for generated images.
 
     features: 'inception' (FID, weights from `inception` or fetched) or 'pixels' (pixel-FD). The reference is the
     whole `dataset`, or the statistics in the .npz file `ref`. Collective: every rank makes one. `cache` names a .npz
-    file that keeps the measured reference. Raises ValueError when the dataset has fewer than ten images.
+    file that keeps the measured reference. Raises ValueError when the dataset has fewer than ten images, or `ref`
+    does not fit; warns where there are fewer images than features.
     """
 
     def __init__(self, dataset, features, device, inception=None, ref=None, cache=None):
@@ -311,16 +341,17 @@ class Ruler:
             self.net = load(inception_v3, inception).to(device, memory_format=layout)
         ref = ref or (cache if cache and os.path.exists(cache) else None)
         if ref:
-            with np.load(ref) as file:
-                if not {'mu', 'sigma'} <= set(file.files):
-                    raise ValueError(f'{ref} holds {file.files}, expected mu and sigma')
-                self.mu, self.sigma = file['mu'], file['sigma']
+            self.mu, self.sigma = load_statistics(ref, 2048 if self.net else 3 * dataset.resolution ** 2)
         else:
             self.mu, self.sigma, _ = self.measure(dataset.images, len(dataset))[0].result()
+            self.warn_of_few(len(dataset))
             if cache and (not dist.is_initialized() or dist.get_rank() == 0):
-                with open(f'{cache}.tmp', 'wb') as file:
-                    np.savez(file, mu=self.mu, sigma=self.sigma)
-                os.replace(f'{cache}.tmp', cache)
+                save_statistics(cache, self.mu, self.sigma)
+
+    def warn_of_few(self, n):
+        if n < len(self.mu) and (not dist.is_initialized() or dist.get_rank() == 0):
+            print(f'warning: {n} images are fewer than the {len(self.mu)} features: their covariance is singular, and '
+                  f'{self.name} biased', flush=True)
 
     def features(self, images):
         """uint8 [n, 3, R, R] -> (features [n, d], logits without bias [n, 1008] or None)."""
@@ -356,6 +387,8 @@ class Ruler:
         mu, sigma, n = statistics.result()
         scores = {self.name: frechet_distance(mu, sigma, self.mu, self.sigma), 'images': n}
         few = min(n, PR_IMAGES)
+        if self.real is None:
+            self.warn_of_few(n)
         if self.real is None or len(self.real) != min(few, len(self.dataset)):  # the same at every scoring of a run
             chosen = np.random.default_rng(0).permutation(len(self.dataset))[:few]  # folders are sorted by class
             parts = np.array_split(chosen, -(-few // batch))
@@ -428,7 +461,7 @@ def main(argv=None):
                       args.ref if args.command == 'score' else None)
         if args.command == 'ref':
             if dist.get_rank() == 0:
-                np.savez(args.out, mu=ruler.mu, sigma=ruler.sigma)
+                save_statistics(args.out, ruler.mu, ruler.sigma)
             edm_nets.print0(f'{args.out}: {features} statistics of {len(ruler.dataset)} images')
             return
         net = edm_nets.rank0_first(edm_nets.load, args.net).to(device)

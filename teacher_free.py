@@ -318,10 +318,9 @@ def best_of(student, ratio_net, seeds, K, verifier, batch=256):
     return torch.cat(images)
 
 
-def open_both(args):
+def open_both(args, state=None):
     """(dataset, network to start from). Collective. Raises OSError; ValueError if they do not fit each other."""
-    dataset = rank0_first(data.open_dataset, args.dataset, args.data)
-    teacher = rank0_first(edm_nets.load, args.teacher)
+    dataset, teacher = edm_nets.open_data(args.dataset, args.data), edm_nets.open_teacher(args.teacher, state)
     if dataset.resolution != teacher.img_resolution:
         raise ValueError(f'{args.teacher} makes images of {teacher.img_resolution} px, not {dataset.resolution}')
     if teacher.label_dim and not 0 < dataset.label_dim <= teacher.label_dim:
@@ -477,16 +476,23 @@ def save_checkpoint(out, state):
     os.replace(f'{out}/next.pt', f'{out}/latest.pt')
 
 
+def agree(what, mine):
+    """Raise ValueError, on all ranks, naming the first rank where the dict `mine` is not that of rank 0. Collective."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for rank, theirs in enumerate(everyone):
+        keys = sorted(everyone[0] | theirs)
+        differ = [f'{k}: {everyone[0].get(k)} -> {theirs.get(k)}' for k in keys if everyone[0].get(k) != theirs.get(k)]
+        if differ:
+            raise ValueError(f'rank {rank} has other {what} than rank 0 ({", ".join(differ)})')
+
+
 def open_run(args):
     """Make the run folder. --restart: rename the old one to OUT-before-1, -2, ...; nothing is deleted. Collective.
 
     Raises ValueError, on all ranks, where one was started with other arguments than rank 0.
     """
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, vars(args))
-    for rank, theirs in enumerate(everyone):
-        if differ := [f'{k}: {v} -> {theirs[k]}' for k, v in everyone[0].items() if theirs[k] != v]:
-            raise ValueError(f'rank {rank} was started with other arguments than rank 0 ({", ".join(differ)})')
+    agree('arguments', vars(args))
     if dist.get_rank() == 0:
         if args.restart and os.path.exists(args.out):
             number = next(i for i in range(1, 1000) if not os.path.exists(f'{args.out}-before-{i}'))
@@ -497,32 +503,37 @@ def open_run(args):
 
 
 def load_checkpoint(out, config):
-    """The newest whole checkpoint of this run, or None. A damaged one is reported and set aside.
+    """The newest whole checkpoint of this run, or None. A damaged one is reported and set aside. Collective.
 
     Raises ValueError with the differences when the folder holds a run of another config.
     """
-    paths = [f'{out}/latest.pt', f'{out}/previous.pt']
-    for path in paths if dist.get_rank() == 0 else []:
-        if not os.path.exists(path):
-            continue
+    paths, state = [f'{out}/latest.pt', f'{out}/previous.pt'], None
+    if dist.get_rank() > 0:
+        dist.barrier()  # rank 0 looks first
+    for path in filter(os.path.exists, paths):
         try:
             with zipfile.ZipFile(path) as file:
-                if file.testzip():  # compares the checksum of every tensor
+                if dist.get_rank() == 0 and file.testzip():  # compares the checksum of every tensor
                     raise zipfile.BadZipFile('wrong checksum')
+            state = torch.load(path, map_location='cpu', weights_only=True)
+            old = dict(state['config'])
+            break
         except Exception as error:  # whatever a damaged file can provoke; reported, and the file is kept
-            print(f'{path} is damaged ({error}): set aside as {path}.damaged', flush=True)
+            if dist.get_rank() > 0:
+                raise
+            reason = str(error).split('\n')[0]
+            print(f'{path} is damaged ({reason}): set aside as {path}.damaged', flush=True)
             os.replace(path, f'{path}.damaged')
-    dist.barrier()  # guards the checkpoints
-    for path in filter(os.path.exists, paths):
-        state = torch.load(path, map_location='cpu', weights_only=True)
-        old, new = state['config'], config
-        changed = [f'{k}: {old.get(k)} -> {new.get(k)}' for k in sorted(old | new) if old.get(k) != new.get(k)]
-        if changed:
-            raise ValueError(f'{out} holds another run ({", ".join(changed)}): give another --out, or --restart')
-        return state
-    if any(os.path.exists(f'{path}.damaged') for path in paths):
+    if dist.get_rank() == 0:
+        dist.barrier()  # guards the checkpoints
+    agree('checkpoint', {k: v for k, v in (state or {}).items() if isinstance(v, int)})
+    if state is None and any(os.path.exists(f'{path}.damaged') for path in paths):
         raise ValueError(f'no whole checkpoint is left in {out}: --restart starts over')
-    return None
+    changed = [f'{k}: {old.get(k)} -> {config.get(k)}' for k in sorted(old | config)
+               if old.get(k) != config.get(k)] if state else []
+    if changed:
+        raise ValueError(f'{out} holds another run ({", ".join(changed)}): give another --out, or --restart')
+    return state
 
 
 def start_log(out, log_bytes, args):
@@ -594,7 +605,7 @@ def train(args):
         return False
 
     # Data.
-    dataset, teacher = open_both(args)
+    dataset, teacher = open_both(args, state)
     ruler = args.eval_images and fid.Ruler(
         dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
 
@@ -605,7 +616,7 @@ def train(args):
     ema = copy.deepcopy(student).requires_grad_(False)
     ratio_net = make_ratio_net(teacher, args.ratio_net, args.ratio_init).to(device, memory_format=torch.channels_last)
     ratio_net.eval()
-    classes = teacher.label_dim
+    classes, checksum = teacher.label_dim, teacher.checksum
     del teacher
     student.requires_grad_(True)
     if student.model.map_augment is not None:
@@ -667,7 +678,7 @@ def train(args):
             if (snapshot or stopping) and rank == 0:
                 save_checkpoint(args.out, dict(
                     {name: part.state_dict() for name, part in evolving.items()}, config=config, warmed=warmed,
-                    nimg=nimg, log_bytes=os.path.getsize(f'{args.out}/stats.jsonl')))
+                    teacher=checksum, nimg=nimg, log_bytes=os.path.getsize(f'{args.out}/stats.jsonl')))
             tick_time, tick_seen = time.time(), seen
         if done or stopping:
             break
@@ -805,7 +816,7 @@ def verify(args):
     _, _, device = setup()
     path = edm_nets.newest(args.out, 'student')
     student, ratio_net = edm_nets.load(path).to(device), load_ratio_net(path).to(device)
-    dataset = rank0_first(data.open_dataset, args.dataset, args.data)
+    dataset = edm_nets.open_data(args.dataset, args.data)
     ruler = fid.Ruler(dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
     rows = {}
     for K in args.best_of:

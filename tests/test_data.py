@@ -7,6 +7,7 @@ import json
 import pickle
 import tarfile
 import threading
+import time
 import zipfile
 
 import numpy as np
@@ -195,20 +196,39 @@ def test_pixels_survive_the_round_trip():
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `content`: whole, cut short once, or ignoring ranges."""
+    """Serves `content`, well or in one of the ways in which downloads go wrong."""
     content, mode, ranges = b'', 'whole', []
 
     def do_GET(self):
+        mode = 'whole' if self.path == '/moved' else self.mode
+        if mode in ('redirect', 'loop', '404', '503', 'range refused'):
+            status = dict(redirect=302, loop=302, **{'range refused': 416}).get(mode) or int(mode)
+            self.send_response(status)
+            self.send_header('Location', '/moved' if mode == 'redirect' else self.path)
+            self.send_header('Content-Length', '0')
+            return self.end_headers()
+        if mode == 'no http':
+            return self.wfile.write(b'220 mail.example ESMTP\r\n')
         start = 0
         if 'Range' in self.headers:
             self.ranges.append(self.headers['Range'])
-            if self.mode != 'no-range':
+            if mode != 'no range':
                 start = int(self.headers['Range'][6:-1])
         self.send_response(206 if start else 200)
-        self.send_header('Content-Length', str(len(self.content) - start))
+        if mode == 'cut chunk':
+            self.send_header('Transfer-Encoding', 'chunked')
+        else:
+            self.send_header('Content-Length', str(len(self.content) - start))
+        if start:
+            first = start - 7 if mode == 'other range' else start
+            self.send_header('Content-Range', f'bytes {first}-{len(self.content) - 1}/{len(self.content)}')
         self.end_headers()
-        cut = self.mode == 'cut' and not start
-        self.wfile.write(self.content[start:len(self.content) // 2] if cut else self.content[start:])
+        body = bytes(len(self.content)) if mode == 'other bytes' else self.content
+        half = mode in ('cut', 'stall', 'cut chunk') and not start
+        self.wfile.write((b'2dc6c0\r\n' if mode == 'cut chunk' else b'') + body[start:len(body) // 2 if half else None])
+        if mode == 'stall':
+            self.wfile.flush()
+            time.sleep(0.6)
 
     def log_message(self, *_):
         """Quiet."""
@@ -223,19 +243,35 @@ def server():
     httpd.shutdown()
 
 
-@pytest.mark.parametrize('second', ['whole', 'no-range'])
-def test_download_resumes_and_verifies(tmp_path, server, second):
-    md5 = hashlib.md5(Server.content).hexdigest()
-    Server.mode = 'cut'
-    with pytest.raises(OSError, match='go on from there'):
-        data.download(server, tmp_path / 'f', md5=md5)
-    assert not (tmp_path / 'f').exists()
-    Server.mode = second
-    data.download(server, tmp_path / 'f', md5=md5)
-    assert (tmp_path / 'f').read_bytes() == Server.content and Server.ranges == ['bytes=1500000-']
-    with pytest.raises(OSError, match='other bytes'):
-        data.download(server, tmp_path / 'g', md5='0' * 32)
-    assert not (tmp_path / 'g').exists() and not (tmp_path / 'g.partial').exists()
+def test_download_resumes_and_verifies(tmp_path, server):
+    """Whatever goes wrong is told in one line and leaves no file; the next try goes on, or begins anew."""
+    md5, path, partial = hashlib.md5(Server.content).hexdigest(), tmp_path / 'f', tmp_path / 'f.partial'
+    for mode, message, size in [
+            ('cut', 'go on', 1_500_000), ('stall', 'timed out', 1_500_000), ('cut chunk', 'IncompleteRead', 1_500_000),
+            ('other bytes', 'other bytes', None), ('404', 'HTTP Error 404', None), ('503', 'HTTP Error 503', None),
+            ('loop', 'redirect', None), ('no http', 'cannot fetch', None)]:
+        Server.mode = mode
+        with pytest.raises(OSError, match=message) as error:
+            data.download(server, path, timeout=0.3, md5=md5)
+        assert '\n' not in str(error.value) and not path.exists(), mode
+        assert size is None or size >> 20 == partial.stat().st_size >> 20, mode  # what came is kept
+        for second in ('whole', 'no range', 'redirect', 'other range', 'range refused'):
+            begun = partial.exists()
+            kept = partial.read_bytes() if begun else b''
+            Server.mode, Server.ranges[:] = second, []
+            if second in ('other range', 'range refused'):
+                if begun:
+                    with pytest.raises(OSError, match='again'):
+                        data.download(server, path, md5=md5)
+                    assert not path.exists() and not partial.exists()  # so that the next try begins anew
+            else:
+                data.download(server, path, md5=md5)
+                assert path.read_bytes() == Server.content and not partial.exists(), (mode, second)
+                assert Server.ranges == ([f'bytes={len(kept)}-'] if begun else [])
+                path.unlink()
+            if begun:
+                partial.write_bytes(kept)
+        partial.unlink(missing_ok=True)
 
 
 def test_cifar10_is_fetched_and_prepared(tmp_path, server, monkeypatch):

@@ -123,12 +123,27 @@ def test_too_few_images_to_compare_with():
         fid.Ruler(data.Shapes(3), 'pixels', torch.device('cpu'))
 
 
-def test_reference_files(tmp_path):
+def test_reference_files(tmp_path, capsys):
     dataset = data.Shapes(300)
-    np.savez(tmp_path / 'bad.npz', x=1)
-    with pytest.raises(ValueError, match='expected mu and sigma'):
-        fid.Ruler(dataset, 'pixels', torch.device('cpu'), ref=tmp_path / 'bad.npz')
     ruler = fid.Ruler(dataset, 'pixels', torch.device('cpu'))
-    np.savez(tmp_path / 'ref.npz', mu=ruler.mu, sigma=ruler.sigma)
+    assert 'warning: 300 images are fewer than the 768 features' in capsys.readouterr().out
+    mu, sigma = np.array(ruler.mu), np.array(ruler.sigma)
+    nan, skew = sigma.copy(), sigma.copy()
+    nan[3, 4], skew[0, 1] = np.nan, 9
+    for bad, message in [
+            (dict(x=1), 'no .npz with mu and sigma'), (dict(mu=mu), 'no .npz with mu and sigma'),
+            (dict(mu=mu[:9], sigma=sigma[:9, :9]), 'other features'), (dict(mu=mu, sigma=sigma[:9]), 'other features'),
+            (dict(mu=mu, sigma=nan), 'not a finite'), (dict(mu=mu * np.inf, sigma=sigma), 'not a finite'),
+            (dict(mu=mu, sigma=skew), 'covariance'), (dict(mu=mu, sigma=-sigma), 'covariance'),
+            (dict(mu=mu * 1e200, sigma=sigma), 'not a finite'), (dict(mu=[None], sigma=sigma), 'no .npz')]:
+        np.savez(tmp_path / 'bad.npz', **bad)
+        with pytest.raises(ValueError, match=message) as error:
+            fid.Ruler(dataset, 'pixels', torch.device('cpu'), ref=tmp_path / 'bad.npz')
+        assert '\n' not in str(error.value)
+    fid.save_statistics(tmp_path / 'ref.npz', ruler.mu, ruler.sigma)
+    content = (tmp_path / 'ref.npz').read_bytes()
+    (tmp_path / 'cut.npz').write_bytes(content[:len(content) // 2])
+    with pytest.raises(ValueError, match='cut.npz is no .npz'):
+        fid.Ruler(dataset, 'pixels', torch.device('cpu'), ref=tmp_path / 'cut.npz')
     again = fid.Ruler(dataset, 'pixels', torch.device('cpu'), ref=tmp_path / 'ref.npz')
     assert again.score(dataset.images, 300)['pixel-FD'] == pytest.approx(0, abs=1e-6)
