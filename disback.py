@@ -115,12 +115,12 @@ def parse_args(argv=None):
     p.add_argument('--eval-images', type=int, default=preset['eval_images'], help='per scoring; 0: none (%(default)s)')
     p.add_argument('--features', choices=['inception', 'pixels'], help='default: pixels for shapes, else inception')
     args = p.parse_args(argv)
-    check_positive(p, args, 'kimg batch batch_gpu lr fake_lr fake_updates sigma_init degrade_kimg node_kimg '
-                            'snapshot_kimg status_kimg profile')
+    check_numbers(p, args, positive='kimg batch batch_gpu lr fake_lr fake_updates sigma_init degrade_kimg node_kimg '
+                  'snapshot_kimg status_kimg profile', not_negative='seed nodes gan_weight eval_images')
     if args.profile:
         args.nodes = 0  # no first stage, and the same step
-    if args.nodes < 0 or args.eval_images < 0 or 0 < args.eval_images < 10:
-        p.error('--nodes must not be negative, --eval-images 0 or at least 10')
+    if args.nodes > 1000 or 0 < args.eval_images < 10:
+        p.error('--nodes must be at most 1000, --eval-images 0 or at least 10')
     if args.dataset == 'shapes' and args.data:
         p.error('--data: shapes is drawn on the fly; name the --dataset that the folder stands for')
     args.features = args.features or ('pixels' if args.dataset == 'shapes' else 'inception')
@@ -247,11 +247,14 @@ def rank0_first(function, *args):
     return result
 
 
-def check_positive(parser, args, names):
-    """Exit with a usage error unless each of the named arguments is positive, or None."""
-    for name in names.split():
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            parser.error(f'--{name.replace("_", "-")} must be positive')
+def check_numbers(parser, args, positive, not_negative):
+    """Exit with a usage error unless every number is finite and fits in 64 bits, and the named ones are as they say."""
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(x, (int, float)) and (
+                    not abs(x) < 1e18 or x <= 0 and name in positive.split() or x < 0 and name in not_negative.split()):
+                kind = 'positive' if name in positive.split() else 'not negative' if x < 0 else 'a finite number'
+                parser.error(f'--{name.replace("_", "-")} must be {kind}, not {x}')
 
 
 def print0(*args):
@@ -709,6 +712,8 @@ def main(argv=None):
             summarize(args)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f'disback.py: {error}')
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        sys.exit(f'disback.py: {error}; a smaller --batch-gpu takes less memory, with the same result')
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -139,11 +139,12 @@ def parse_args(argv=None):
     p.add_argument('--eval-images', type=int, default=preset['eval_images'], help='per scoring; 0: none (%(default)s)')
     p.add_argument('--features', choices=['inception', 'pixels'], help='default: pixels for shapes, else inception')
     args = p.parse_args(argv)
+    check_numbers(p, args, positive='kimg batch batch_gpu lr d_lr r1_interval sigma_init snapshot_kimg status_kimg '
+                  'profile', not_negative='seed seeds r1_gamma eval_images')
     if args.r1_gamma is None:
         args.r1_gamma = 1.0 if set(args.backbones) <= set(UNETS) else 4e-4 / args.batch
-    check_positive(p, args, 'kimg batch batch_gpu lr d_lr r1_interval sigma_init snapshot_kimg status_kimg profile')
-    if args.r1_gamma < 0 or args.eval_images < 0 or 0 < args.eval_images < 10:
-        p.error('--r1-gamma must not be negative, --eval-images 0 or at least 10')
+    if 0 < args.eval_images < 10:
+        p.error('--eval-images must be 0 or at least 10')
     if len(set(args.backbones)) < len(args.backbones):
         p.error('--backbones: each at most once')
     if min(args.teacher_student_fd, default=2) < 2 or (args.teacher_student_fd or args.sweep) and not args.eval_images:
@@ -742,11 +743,14 @@ def rank0_first(function, *args):
     return result
 
 
-def check_positive(parser, args, names):
-    """Exit with a usage error unless each of the named arguments is positive, or None."""
-    for name in names.split():
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            parser.error(f'--{name.replace("_", "-")} must be positive')
+def check_numbers(parser, args, positive, not_negative):
+    """Exit with a usage error unless every number is finite and fits in 64 bits, and the named ones are as they say."""
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(x, (int, float)) and (
+                    not abs(x) < 1e18 or x <= 0 and name in positive.split() or x < 0 and name in not_negative.split()):
+                kind = 'positive' if name in positive.split() else 'not negative' if x < 0 else 'a finite number'
+                parser.error(f'--{name.replace("_", "-")} must be {kind}, not {x}')
 
 
 def print0(*args):
@@ -1404,6 +1408,8 @@ def main(argv=None):
             activations(args)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f'distributional.py: {error}')
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        sys.exit(f'distributional.py: {error}; a smaller --batch-gpu takes less memory, with the same result')
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -212,6 +212,8 @@ class UNet(nn.Module):
 
     def build(self, res, in_channels, width, channel_mult, num_blocks, attends, aux_taps=None, **block):
         """Fill `enc` and `dec`; `attends(res, where)` says which blocks have attention. Returns the last width."""
+        if res % 2 ** (len(channel_mult) - 1):
+            raise ValueError(f'{res} px cannot be halved {len(channel_mult) - 1} times: channel_mult is too long')
         init = dict(adm=block['adm'])
         self.enc, widths, c_aux = nn.ModuleDict(), [], in_channels
         for level, mult in enumerate(channel_mult):
@@ -712,11 +714,14 @@ def rank0_first(function, *args):
     return result
 
 
-def check_positive(parser, args, names):
-    """Exit with a usage error unless each of the named arguments is positive, or None."""
-    for name in names.split():
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            parser.error(f'--{name.replace("_", "-")} must be positive')
+def check_numbers(parser, args, positive, not_negative):
+    """Exit with a usage error unless every number is finite and fits in 64 bits, and the named ones are as they say."""
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(x, (int, float)) and (
+                    not abs(x) < 1e18 or x <= 0 and name in positive.split() or x < 0 and name in not_negative.split()):
+                kind = 'positive' if name in positive.split() else 'not negative' if x < 0 else 'a finite number'
+                parser.error(f'--{name.replace("_", "-")} must be {kind}, not {x}')
 
 
 def print0(*args):
@@ -1071,7 +1076,10 @@ def parse_train_args(argv):
     p.add_argument('--snapshot-kimg', type=float, default=preset['snapshot_kimg'], help='files, grid (%(default)s)')
     p.add_argument('--status-kimg', type=float, default=preset['status_kimg'], help='lines (%(default)s)')
     args = p.parse_args(argv)
-    check_positive(p, args, 'kimg batch batch_gpu lr channels blocks sigma snapshot_kimg status_kimg profile')
+    check_numbers(p, args, positive='kimg batch batch_gpu lr channels channel_mult blocks sigma snapshot_kimg '
+                  'status_kimg profile', not_negative='seed dropout rampup_kimg decay')
+    if args.channels % 4 or args.dropout > 1 or args.decay > 1:
+        p.error('--channels must be a multiple of 4, --dropout and --decay at most 1')
     args.out = args.out or f'runs/teacher-{args.dataset}' + (f'-sigma{args.sigma:g}' if args.sigma else '')
     return args
 
@@ -1238,11 +1246,11 @@ def shapes_teacher(sigma=None):
 
 def parse_seeds(text):
     """'0-3,7' -> [0, 1, 2, 3, 7]."""
-    ranges = [part.split('-') for part in text.split(',')]
-    seeds = [seed for r in ranges for seed in range(int(r[0]), int(r[-1]) + 1)]
-    if not seeds:
-        raise argparse.ArgumentTypeError(f'no seed in {text}')
-    return seeds
+    parts = [part.partition('-') for part in text.split(',')]
+    ranges = [range(int(first), int(last or first) + 1) for first, _, last in parts]
+    if not 0 < sum(map(len, ranges)) <= 1_000_000:
+        raise argparse.ArgumentTypeError(f'{text}: expected one to a million seeds, e.g. 0-63')
+    return list(itertools.chain(*ranges))
 
 
 def sample(argv=None):
@@ -1255,6 +1263,7 @@ def sample(argv=None):
     p.add_argument('--churn', type=float, default=0, help='S_churn of the Heun sampler (%(default)s)')
     p.add_argument('--out', default='grid.png', help='(%(default)s)')
     args = p.parse_args(argv)
+    check_numbers(p, args, positive='steps sigma_init', not_negative='churn class_idx')
     net = load(args.net).to('cuda' if torch.cuda.is_available() else 'cpu')
     net.sigma_init = args.sigma_init or net.sigma_init
     steps = args.steps or (18 if net.sigma_init is None else 1)
@@ -1339,6 +1348,7 @@ def bench(argv=None):
     p.add_argument('--compile', action='store_true', help='torch.compile the network')
     p.add_argument('--ways', action='store_true', help='also the whole step in other ways, one change at a time')
     args = p.parse_args(argv)
+    check_numbers(p, args, positive='batch_gpu', not_negative='')
     _, _, device = setup()
     side, dtype = 8192 if cuda else 2048, torch.bfloat16 if args.precision == 'bf16' else torch.float32
     a, b = (torch.randn([side, side], device=device, dtype=dtype) for _ in range(2))
@@ -1403,6 +1413,8 @@ def main(argv=None):
         commands[argv[0]](argv[1:])
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f'edm_nets.py {argv[0]}: {error}')
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        sys.exit(f'edm_nets.py {argv[0]}: {error}; a smaller --batch-gpu takes less memory, with the same result')
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -451,6 +451,8 @@ def main(argv=None):
     p.add_argument('--out', required=True, help='.npz to write')
     commands.add_parser('bench', help='time Inception and the distance', allow_abbrev=False)
     args = parser.parse_args(argv)
+    if args.command == 'score':
+        edm_nets.check_numbers(parser, args, positive='num steps batch', not_negative='seed')
     _, _, device = edm_nets.setup()
     try:
         if args.command == 'bench':

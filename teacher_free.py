@@ -124,14 +124,12 @@ def parse_args(argv=None):
     p.add_argument('--eval-images', type=int, default=preset['eval_images'], help='per scoring; 0: none (%(default)s)')
     p.add_argument('--features', choices=['inception', 'pixels'], help='default: pixels for shapes, else inception')
     args = p.parse_args(argv)
-    check_positive(p, args, 'kimg batch batch_gpu lr ratio_lr ratio_updates draws sigma_init snapshot_kimg status_kimg '
-                            'profile')
+    check_numbers(p, args, positive='kimg batch batch_gpu lr ratio_lr ratio_updates draws sigma_init best_of '
+                  'snapshot_kimg status_kimg profile', not_negative='seed seeds warmup_kimg eval_images')
     if args.profile:
         args.warmup_kimg = 0  # no first stage
-    if args.warmup_kimg < 0 or args.eval_images < 0 or 0 < args.eval_images < 10:
-        p.error('--warmup-kimg must not be negative, --eval-images 0 or at least 10')
-    if min(args.best_of, default=1) < 1 or (args.best_of or args.sweep) and not args.eval_images:
-        p.error('--best-of and --sweep need positive numbers and --eval-images')
+    if 0 < args.eval_images < 10 or (args.best_of or args.sweep) and not args.eval_images:
+        p.error('--eval-images must be 0 or at least 10, and not 0 for --best-of and --sweep')
     if args.sweep and args.best_of or args.seeds and not args.sweep:
         p.error('--sweep trains and scores; --best-of comes after one run, and --seeds belongs to --sweep')
     wants_single_level = args.init == 'single-level' or args.sweep == 'init'
@@ -383,11 +381,14 @@ def rank0_first(function, *args):
     return result
 
 
-def check_positive(parser, args, names):
-    """Exit with a usage error unless each of the named arguments is positive, or None."""
-    for name in names.split():
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            parser.error(f'--{name.replace("_", "-")} must be positive')
+def check_numbers(parser, args, positive, not_negative):
+    """Exit with a usage error unless every number is finite and fits in 64 bits, and the named ones are as they say."""
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(x, (int, float)) and (
+                    not abs(x) < 1e18 or x <= 0 and name in positive.split() or x < 0 and name in not_negative.split()):
+                kind = 'positive' if name in positive.split() else 'not negative' if x < 0 else 'a finite number'
+                parser.error(f'--{name.replace("_", "-")} must be {kind}, not {x}')
 
 
 def print0(*args):
@@ -871,6 +872,8 @@ def main(argv=None):
             verify(args)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f'teacher_free.py: {error}')
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        sys.exit(f'teacher_free.py: {error}; a smaller --batch-gpu takes less memory, with the same result')
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -207,7 +207,7 @@ def test_sample_and_score(folder, tmp_path):
 
 def test_copies_are_identical():
     """The helpers that every script repeats are the same text everywhere."""
-    for name in ('setup', 'rank_slices', 'sync_last', 'make_autocast', 'rank0_first', 'check_positive', 'print0',
+    for name in ('setup', 'rank_slices', 'sync_last', 'make_autocast', 'rank0_first', 'check_numbers', 'print0',
                  'is_due', 'update_ema', 'Means', 'check_finite', 'Stop', 'agree', 'open_run', 'save_checkpoint',
                  'load_checkpoint', 'start_log', 'log_status'):
         for script in (disback, teacher_free, distributional):
