@@ -419,7 +419,7 @@ def atomic_save(obj, path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except RuntimeError as error:  # torch's complaint that its file has no end, after the OSError of a full disk
+    except (OSError, RuntimeError) as error:  # after a full disk's OSError torch complains of a file without an end
         raise OSError(f'cannot write {path}: {error.__context__ or error}') from None
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -746,22 +746,25 @@ class Means:
     """Means of named scalars since the last status line; tensors until then, so that no step waits for the device."""
 
     def __init__(self):
-        self.sums, self.counts = {}, {}
+        self.added = []  # (name, scalar tensor), in order
 
     def add(self, **scalars):
-        for name, value in scalars.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-            self.counts[name] = self.counts.get(name, 0) + 1
+        self.added += [(name, value.detach()) for name, value in scalars.items()]
 
     def collect(self):
-        """Averages over steps and ranks: {name: float}. Raises FloatingPointError naming what is not finite."""
+        """Averages over steps and ranks: {name: float}. Raises FloatingPointError naming what was first not finite."""
         means = {}
-        for name, total in self.sums.items():
-            dist.all_reduce(total)
-            means[name] = float(total) / self.counts[name] / dist.get_world_size()
-            if not np.isfinite(means[name]):
-                raise FloatingPointError(f'{name} is {means[name]}: training has diverged; latest.pt is from before')
-        self.__init__()
+        for name in dict.fromkeys(name for name, _ in self.added):
+            mean = torch.stack([value for other, value in self.added if other == name]).float().mean()
+            dist.all_reduce(mean)
+            means[name] = float(mean) / dist.get_world_size()
+        if not np.isfinite(list(means.values())).all():
+            first = [i for i, (_, value) in enumerate(self.added) if not value.isfinite()] or [len(self.added) - 1]
+            first = mean.new_tensor(first[0])  # on one rank perhaps, but all stop alike
+            dist.all_reduce(first, dist.ReduceOp.MIN)
+            raise FloatingPointError(
+                f'{self.added[int(first)][0]} is not finite: training has diverged; latest.pt is from before')
+        self.added.clear()
         return means
 
 
@@ -775,6 +778,7 @@ def check_finite(parts):
 
 class Stop:
     """SIGTERM or Ctrl-C ends the run after the step, with a checkpoint; a second Ctrl-C ends it at once."""
+    patience = datetime.timedelta(minutes=10)  # with a rank that does not come
 
     def __init__(self):
         self.asked = False
@@ -786,11 +790,18 @@ class Stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __call__(self):
-        """Whether any rank was asked to. Collective, among the hosts: no device is waited for."""
+        """Whether any rank was asked to. Collective, among the hosts: no device is waited for.
+
+        Raises ConnectionError, naming the rank, where one hangs.
+        """
         if self.hosts is None:
             return self.asked
         asked = torch.tensor([float(self.asked)])
-        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.hosts)
+        try:
+            dist.monitored_barrier(self.hosts, self.patience)
+            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.hosts)
+        except RuntimeError as error:
+            raise ConnectionError(f'a rank is lost: {str(error).splitlines()[0]}') from None
         return bool(asked)
 
     def over(self, out, kimg):
@@ -1411,7 +1422,7 @@ def main(argv=None):
         sys.exit(0 if argv and argv[0] in ('-h', '--help') else 'edm_nets.py: expected train, sample or bench')
     try:
         commands[argv[0]](argv[1:])
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, ValueError, FloatingPointError, dist.DistNetworkError) as error:
         sys.exit(f'edm_nets.py {argv[0]}: {error}')
     except (MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(f'edm_nets.py {argv[0]}: {error}; a smaller --batch-gpu takes less memory, with the same result')
