@@ -250,11 +250,11 @@ def rank0_first(function, *args):
 def check_numbers(parser, args, positive, not_negative):
     """Exit with a usage error unless every number is finite and fits in 64 bits, and the named ones are as they say."""
     for name, value in vars(args).items():
+        above, least = name in positive.split(), name in not_negative.split()
         for x in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(x, (int, float)) and (
-                    not abs(x) < 1e18 or x <= 0 and name in positive.split() or x < 0 and name in not_negative.split()):
-                kind = 'positive' if name in positive.split() else 'not negative' if x < 0 else 'a finite number'
-                parser.error(f'--{name.replace("_", "-")} must be {kind}, not {x}')
+            if isinstance(x, (int, float)) and (not abs(x) < 1e18 or above and x <= 0 or least and x < 0):
+                bound = 'above 0' if above else 'of at least 0' if least else 'above -1e18'
+                parser.error(f'--{name.replace("_", "-")} {x}: expected a number {bound} and below 1e18')
 
 
 def print0(*args):

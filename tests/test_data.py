@@ -125,6 +125,30 @@ def faulty(tmp_path):
         evil = b'cos\nsystem\n(Vtouch ' + str(tmp_path / 'canary').encode() + b'\ntR.'
         info.size = len(evil)
         tar.addfile(info, io.BytesIO(evil))
+    for name, label in dict(none=None, true=True, float=0.5, huge=1 << 40).items():
+        write_zip(tmp_path / f'{name}-labels.zip', images, [0, label, 1, 2])
+    for name, content in dict(list='[1]', deep='[' * 100_000, number='{"labels": 3}', text='{"labels": [["a"').items():
+        with zipfile.ZipFile(tmp_path / f'{name}-json.zip', 'w') as z:
+            z.writestr('a.png', png(images[0]))
+            z.writestr('dataset.json', content)
+    for compression in ('LZMA', 'BZIP2', 'DEFLATED'):  # a damaged stream: each library has an exception of its own
+        with zipfile.ZipFile(tmp_path / f'{compression}.zip', 'w', getattr(zipfile, f'ZIP_{compression}')) as z:
+            z.writestr('a.png', png(images[0]))
+        content = bytearray((tmp_path / f'{compression}.zip').read_bytes())
+        content[60:90] = bytes(30)
+        (tmp_path / f'{compression}.zip').write_bytes(content)
+    with tarfile.open(tmp_path / 'xz.tar', 'w:xz') as tar:
+        tar.addfile(tarfile.TarInfo('data_batch_1.bin'))
+    content = bytearray((tmp_path / 'xz.tar').read_bytes())
+    content[40:60] = bytes(20)
+    (tmp_path / 'xz.tar').write_bytes(content)
+    flat, ones = images.transpose(0, 3, 1, 2).reshape(4, -1), np.ones(4, np.int64)
+    for name, (pixels, labels) in dict(
+            floats=(flat / 255, ones), short=(flat, ones[:3]), long=(flat, np.ones(5, np.int64)),
+            oblong=(flat[:, :100], ones), half=(flat, ones / 2), zero=(flat, 0 * ones), one=(flat, ones[0]),
+            objects=(flat, ones.astype(object))).items():
+        (tmp_path / f'npz-{name}').mkdir()
+        np.savez(tmp_path / f'npz-{name}' / 'train_data_batch_1.npz', data=pixels, labels=labels)
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'oblong').mkdir()
     Image.fromarray(pictures(1, 8)[0][:5]).save(tmp_path / 'oblong' / 'a.png')
@@ -132,16 +156,58 @@ def faulty(tmp_path):
     Image.fromarray(np.zeros([8, 8], np.uint16)).save(tmp_path / 'deep' / 'a.png')
     (tmp_path / 'text').write_text('hello')
     return ['truncated.zip', 'badlabel.zip', 'missing-label.zip', 'mixed.zip', 'unreadable.zip', 'label.tar.gz',
-            'cut.tar.gz', 'hostile.tar.gz', 'empty', 'oblong', 'deep', 'text', 'nowhere']
+            'cut.tar.gz', 'hostile.tar.gz', 'empty', 'oblong', 'deep', 'text', 'nowhere', 'xz.tar', 'LZMA.zip',
+            'BZIP2.zip', 'DEFLATED.zip',
+            *(path.name for path in tmp_path.glob('*-*') if path.name != 'missing-label.zip')]
 
 
 def test_faulty_sources_leave_nothing(tmp_path):
-    for name in faulty(tmp_path):
+    cases = faulty(tmp_path)
+    assert len(cases) == 33
+    for name in cases:
         with pytest.raises(SystemExit) as stop:
             data.main(['prepare', str(tmp_path / name), str(tmp_path / 'dest')])
         assert isinstance(stop.value.code, str) and '\n' not in stop.value.code, name
         assert not (tmp_path / 'dest').exists() and not list(tmp_path.glob('.dest*')), name
     assert not (tmp_path / 'canary').exists()
+
+
+def test_names_that_lead_elsewhere_are_only_names(tmp_path):
+    images = pictures(3)
+    with zipfile.ZipFile(tmp_path / 'x.zip', 'w') as z:
+        for name, image in zip(('../../evil.png', '/evil.png', 'C:\\evil.png'), images):
+            z.writestr(name, png(image))
+    before = set(tmp_path.parent.rglob('*'))
+    data.main(['prepare', str(tmp_path / 'x.zip'), str(tmp_path / 'dest')])
+    assert len(data.Folder(tmp_path / 'dest')) == 3
+    assert {path.name for path in set(tmp_path.parent.rglob('*')) - before} == {'dest', 'images.npy'}
+
+
+def test_prepared_folders_are_checked(tmp_path, capsys):
+    """A damaged folder is refused in one line; one with little in it gets a warning."""
+    def write(pixels, labels):
+        np.save(tmp_path / 'images.npy', pixels)
+        np.save(tmp_path / 'labels.npy', labels)
+    images, labels = pictures(6), np.array([0, 1, 2, 0, 1, 2])
+    for pixels, y in [(images / 255, labels), (images[:, :5], labels), (images[..., :2], labels),
+                      (images[:0], labels[:0]), (images, labels[:3]), (images, labels - 1), (images, labels / 2),
+                      (images, labels + (1 << 60)), (images, labels.astype(object))]:
+        write(pixels, y)
+        with pytest.raises(ValueError, match=str(tmp_path)) as error:
+            data.open_dataset('cifar10', tmp_path)
+        assert '\n' not in str(error.value)
+    write(images, labels)
+    content = (tmp_path / 'images.npy').read_bytes()
+    (tmp_path / 'images.npy').write_bytes(content[:-1])
+    with pytest.raises(ValueError, match='images.npy is damaged'):
+        data.open_dataset('cifar10', tmp_path)
+    for pixels, y, warning in [(images, labels, ''), (images[:1], labels[:1], 'one image alone'),
+                               (images, labels * 2, 'no image of 2 of 5 classes, e.g. of class 1'),
+                               (images * 0, labels, 'the first images are all the same')]:
+        write(pixels, y)
+        capsys.readouterr()
+        data.open_dataset('cifar10', tmp_path)
+        assert warning in capsys.readouterr().out or not warning
 
 
 def test_full_disk_and_interruption_leave_nothing(tmp_path, monkeypatch):

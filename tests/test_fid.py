@@ -127,7 +127,7 @@ def test_reference_files(tmp_path, capsys):
     dataset = data.Shapes(300)
     ruler = fid.Ruler(dataset, 'pixels', torch.device('cpu'))
     assert 'warning: 300 images are fewer than the 768 features' in capsys.readouterr().out
-    mu, sigma = np.array(ruler.mu), np.array(ruler.sigma)
+    mu, sigma = ruler.mu.numpy(), ruler.sigma.numpy()
     nan, skew = sigma.copy(), sigma.copy()
     nan[3, 4], skew[0, 1] = np.nan, 9
     for bad, message in [

@@ -98,6 +98,16 @@ def raw_global(module, name, argument):
     return f'c{module}\n{name}\n(V{argument}\ntR.'.encode()
 
 
+def own_file(**changes):
+    """This project's file with other arguments, or other entries."""
+    net = edm_nets.EDMPrecond(**CONFIG)
+    content = {key: changes.pop(key, value) for key, value in dict(net=net.state_dict(), sigma_init=2.5).items()}
+    content['net_kwargs'] = dict(net.kwargs, **changes)
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
 def hostile(canary):
     import os
     net = edm_nets.EDMPrecond(**CONFIG)
@@ -137,6 +147,18 @@ def hostile(canary):
         'cut at the end': good[:-1],
         'zip with a call': zip_file.getvalue(),
         'truncated zip': zip_file.getvalue()[:100],
+        **{f'{key}={value}': own_file(**{key: value}) for key, value in [
+            ('num_blocks', 10 ** 9), ('channel_mult', [1] * 99), ('channel_mult', [1, 2, 2, 2, 2, 2]),
+            ('model_channels', 8.5), ('model_channels', -8), ('sigma_data', [0.5]), ('sigma_data', float('nan')),
+            ('sigma_max', 'x'), ('dropout', 1e30), ('label_dim', None), ('resample_filter', [1, 2, 3]),
+            ('sigma_init', 'x'), ('sigma_init', -1), ('sigma_init', 10 ** 30), ('net', {}), ('net', [1])]},
+        **{f'weights {name}': own_file(net=dict(net.state_dict(), **{'model.map_layer0.bias': value}))
+           for name, value in dict(nan=torch.full([32], np.nan), whole=torch.zeros(32, dtype=torch.int64),
+                                   sparse=torch.ones(32).to_sparse(), complex=torch.zeros(32, dtype=torch.cfloat),
+                                   shape=torch.zeros(33), text='x').items()},
+        'weights missing': own_file(net=dict(list(net.state_dict().items())[1:])),
+        'weights too many': own_file(net=dict(net.state_dict(), more=torch.zeros(1))),
+        'safetensors': b'\x40\0\0\0\0\0\0\0{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'.ljust(80),
         'random bytes': np.random.default_rng(0).bytes(5000),
         'empty': b''}
 
@@ -151,6 +173,27 @@ def test_hostile_files_are_refused(tmp_path):
             edm_nets.load(path)
         assert '\n' not in str(error.value) and str(path) in str(error.value), name
         assert not canary.exists(), name
-    assert len(cases) > 20
+    assert len(cases) > 50
     pickle.loads(cases['os.system'])  # the canary does sing where pickle is trusted
     assert canary.exists()
+
+
+def test_half_precision_is_read_as_float32(tmp_path):
+    net = edm_nets.EDMPrecond(**CONFIG)
+    (tmp_path / 'net.pt').write_bytes(own_file(net={k: v.half() for k, v in net.state_dict().items()}))
+    assert all(x.dtype == torch.float32 for x in edm_nets.load(tmp_path / 'net.pt').state_dict().values())
+
+
+def test_what_is_fetched_and_is_no_network_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv('ONE_STEP_CACHE', str(tmp_path / 'cache'))
+    source = tmp_path / 'net.pkl'
+    good = official_pickle(edm_nets.EDMPrecond(**CONFIG), CONFIG)
+    for content in (b'<html>Please log in</html>', good[:-100]):
+        source.write_bytes(content)
+        with pytest.raises(ValueError, match='removed from the cache'):
+            edm_nets.load(source.as_uri())
+        assert not list((tmp_path / 'cache').iterdir()) and source.exists()
+    source.write_bytes(good)
+    edm_nets.load(source.as_uri())
+    source.unlink()
+    edm_nets.load(source.as_uri())  # from the cache

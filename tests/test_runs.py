@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -132,13 +133,89 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(folder):
     content = latest.read_bytes()
     tensor = torch.load(latest, weights_only=True)['student']['model.map_layer1.weight']
     middle = content.index(tensor.numpy().tobytes()) + 100  # not in the padding between tensors
-    for damage in (content[:len(content) // 2], content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]):
+    for damage in (content[:len(content) // 2], content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:],
+                   teacher(folder).read_bytes()):
         latest.write_bytes(damage)
         (folder / 'damaged' / 'student-000000.pt').unlink()
         done = run(*command)
         assert done.returncode == 0 and 'latest.pt is damaged' in done.stdout and 'resuming' in done.stdout
         plain, mended = (weights(folder / name / 'student-000000.pt') for name in ('plain', 'damaged'))
         assert all(torch.equal(plain[k], mended[k]) for k in plain)
+    for name in ('latest.pt', 'previous.pt'):
+        (folder / 'damaged' / name).write_bytes(content[:100])
+    assert 'no whole checkpoint is left' in run(*command).stderr
+
+
+def test_a_full_disk_loses_nothing(folder, tmp_path):
+    """A file that does not fit is told of in one line and leaves no part of itself; then there is room again."""
+    command = [ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder), '--out', tmp_path / 'run']
+    fits = [path.stat().st_size for path in (teacher(folder), folder / 'plain' / 'latest.pt')]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (fits[0] // 2, sum(fits) // 2):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))  # what is longer gets an OSError, as on a full disk
+        try:
+            done = run(*command)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert done.returncode == 1 and 'cannot write' in done.stderr and done.stderr.count('\n') == 1, done.stderr
+        assert not list((tmp_path / 'run').glob('*.tmp'))
+    assert run(*command).returncode == 0
+    plain, filled = (weights(path / 'student-000000.pt') for path in (folder / 'plain', tmp_path / 'run'))
+    assert all(torch.equal(plain[k], filled[k]) for k in plain)
+
+
+def test_the_loss_that_diverged_first_is_named(folder, tmp_path, monkeypatch):
+    """A single NaN, among the fake losses: the run stops, and says so; the checkpoint is from before."""
+    calls, real = [], disback.denoising_error
+
+    def sometimes(*args):
+        calls.append(real(*args) * (np.nan if len(calls) == 20 else 1))
+        return calls[-1]
+    monkeypatch.setattr(disback, 'denoising_error', sometimes)
+    done = run(ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder), '--out', tmp_path / 'run', '--nodes', '0')
+    assert done.returncode == 1 and done.stderr.startswith('disback.py: fake_loss is not finite'), done.stderr
+    state = torch.load(tmp_path / 'run' / 'latest.pt', weights_only=True)
+    assert all(x.isfinite().all() for name in ('student', 'ema', 'fake_score') for x in state[name].values())
+
+
+def test_the_teacher_must_stay_the_same(folder, tmp_path):
+    shutil.copy(teacher(folder), tmp_path / 'teacher.pt')
+    command = [ROOT / 'disback.py', *STUDENT, '--teacher', tmp_path / 'teacher.pt', '--out', tmp_path / 'run']
+    assert run(*command, '--kimg', '0.032', '--nodes', '0').returncode == 0
+    shutil.copy(folder / 'plain' / 'path-01.pt', tmp_path / 'teacher.pt')
+    assert 'is not the network that this run began with' in run(*command, '--nodes', '0').stderr
+
+
+RANKS = '''
+import datetime, time, data, edm_nets
+rank, _, _ = edm_nets.setup()
+edm_nets.agree("arguments", dict(lr=1))
+for attempt in (lambda: edm_nets.agree("arguments", dict(lr=rank)), lambda: edm_nets.open_data("shapes", None)):
+    if rank == 1:
+        data.Shapes.__init__.__defaults__ = (50_000, 1)
+    try:
+        attempt()
+    except ValueError as error:
+        print(f"<{rank}: {error}>")
+stop = edm_nets.Stop()
+stop.patience = datetime.timedelta(seconds=1)
+stop()
+if rank == 1:
+    time.sleep(3)
+try:
+    stop()
+except ConnectionError as error:
+    print(f"<{rank}: {error}>")
+'''
+
+
+def test_ranks_that_differ_or_hang_are_named(tmp_path):
+    (tmp_path / 'ranks.py').write_text(RANKS)
+    done = run(tmp_path / 'ranks.py', processes=2)
+    for rank in (0, 1):
+        assert f'<{rank}: rank 1 has other arguments than rank 0 (lr: 0 -> 1)>' in done.stdout, done.stderr
+        assert f'<{rank}: rank 1 has other images than rank 0 (checksum: ' in done.stdout
+    assert '<0: a rank is lost: [Rank 0]: Rank 1 failed' in done.stdout
 
 
 def test_restart_keeps_the_old_folder(folder):
@@ -186,13 +263,33 @@ def test_bad_input_is_one_line(folder, tmp_path):
     for more, message in [
             (['--out', folder / 'plain', '--lr', '0.5'], 'lr: 0.0001 -> 0.5'),
             (['--out', tmp_path / 'a', '--batch', '30', '--batch-gpu', '8'], 'not a multiple'),
-            (['--out', tmp_path / 'a', '--batch-gpu', '0'], '--batch-gpu must be positive'),
+            (['--out', tmp_path / 'a', '--batch-gpu', '0'], '--batch-gpu 0: expected a number above 0'),
             (['--out', tmp_path / 'b', '--teacher', tmp_path / 'random.pt'], 'cannot load'),
             (['--out', tmp_path / 'c', '--teacher', tmp_path / 'none.pt'], 'no network at'),
-            (['--out', tmp_path / 'd', '--lr', '1e9', '--nodes', '0'], 'diverged')]:
+            (['--out', tmp_path / 'd', '--lr', '1e9', '--nodes', '0'], 'diverged'),
+            (['--out', tmp_path / 'e', '--fake-lr', '1e9'], 'a weight of fake_score is not finite'),
+            (['--teacher', folder / 'plain' / 'student-000000.pt', '--out', tmp_path / 'b'], 'it is no teacher'),
+            *((flags.split(), 'expected a number') for flags in (
+                '--lr nan', '--kimg inf', '--batch 99999999999999999999', '--seed -1', '--student-sigma 0 1e99',
+                '--nodes -1', '--eval-images -5')),
+            (['--lr', ''], 'invalid float'), (['--eval-images', '9'], 'at least 10')]:
         done = run(*common, *more)
         assert done.returncode != 0 and message in done.stderr and 'Traceback' not in done.stderr, (more, done.stderr)
     assert not (tmp_path / 'd' / 'student-000000.pt').exists()
+    for command, message in [
+            ('edm_nets.py train --channels 6', 'multiple of 4'),
+            ('edm_nets.py train --channel-mult 1 -2', 'expected a number above 0'),
+            ('edm_nets.py train --channel-mult 1 1 1 1 1 1', '16 px cannot be halved 5 times'),
+            ('edm_nets.py sample --net x --seeds 5-3', 'expected one to a million seeds'),
+            ('edm_nets.py sample --net x --seeds 0-99999999999', 'expected one to a million seeds'),
+            ('edm_nets.py sample --net x --steps -1', 'expected a number above 0'),
+            ('edm_nets.py bench --batch-gpu 0', 'expected a number above 0'),
+            ('fid.py score --net x --dataset shapes --batch -3', 'expected a number above 0'),
+            ('fid.py score --net x --dataset nowhere', 'no images.npy'),
+            ('data.py grid nowhere x.png', 'no images.npy')]:
+        script, *more = command.split()
+        done = run(ROOT / script, *more, *(['--out', tmp_path / 'f'] if 'train' in more else []))
+        assert done.returncode and message in done.stderr and 'Traceback' not in done.stderr, (command, done.stderr)
 
 
 def test_sample_and_score(folder, tmp_path):
