@@ -159,6 +159,8 @@ class Folder:
         try:
             return np.load(path, **kwargs)
         except Exception as error:  # whatever a damaged file can provoke
+            if isinstance(error, (MemoryError, PermissionError)):
+                raise
             raise ValueError(f'{path} is damaged: {error}') from None
 
     def __len__(self):
@@ -497,7 +499,7 @@ def prepare(source, dest, resolution=None, use_labels=True):
         os.replace(temporary, dest)
     except Exception as error:  # whatever a damaged or hostile source can provoke; told in one line, never hidden
         told = isinstance(error, (OSError, ValueError))
-        kind = '' if told else f'damaged or not what it seems, {type(error).__name__}: '
+        kind = '' if told else f'{type(error).__name__}, damaged or not what it seems? '
         raise ValueError(f'cannot prepare {source}: {kind}{error}') from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -252,7 +252,8 @@ def check_numbers(parser, args, positive, not_negative):
     for name, value in vars(args).items():
         above, least = name in positive.split(), name in not_negative.split()
         for x in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(x, (int, float)) and (not abs(x) < 1e18 or above and x <= 0 or least and x < 0):
+            if isinstance(x, (int, float)) and (not abs(x) < 1e18 or above and x <= 0 or least and x < 0) \
+                    and not (x == float('inf') and name in ('kimg', 'snapshot_kimg', 'status_kimg')):
                 bound = 'above 0' if above else 'of at least 0' if least else 'above -1e18'
                 parser.error(f'--{name.replace("_", "-")} {x}: expected a number {bound} and below 1e18')
 
@@ -288,7 +289,7 @@ class Means:
         """Averages over steps and ranks: {name: float}. Raises FloatingPointError naming what was first not finite."""
         means = {}
         for name in dict.fromkeys(name for name, _ in self.added):
-            mean = torch.stack([value for other, value in self.added if other == name]).float().mean()
+            mean = torch.stack([value for other, value in self.added if other == name]).double().mean()
             dist.all_reduce(mean)
             means[name] = float(mean) / dist.get_world_size()
         if not np.isfinite(list(means.values())).all():
@@ -325,7 +326,8 @@ class Stop:
     def __call__(self):
         """Whether any rank was asked to. Collective, among the hosts: no device is waited for.
 
-        Raises ConnectionError, naming the rank, where one hangs.
+        Raises ConnectionError, naming the rank, where one does not come here. That is where GPUs make the others wait
+        for a rank that hangs; between CPUs it is the step itself, in an all_reduce that names nobody.
         """
         if self.hosts is None:
             return self.asked
@@ -393,11 +395,12 @@ def load_checkpoint(out, config):
             with zipfile.ZipFile(path) as file:
                 if dist.get_rank() == 0 and file.testzip():  # compares the checksum of every tensor
                     raise zipfile.BadZipFile('wrong checksum')
-            state = torch.load(path, map_location='cpu', weights_only=True)
-            old = dict(state['config'])
+            content = torch.load(path, map_location='cpu', weights_only=True)
+            old, state = dict(content['config']), content
             break
         except Exception as error:  # whatever a damaged file can provoke; reported, and the file is kept
-            if dist.get_rank() > 0:
+            unread = isinstance(error, (MemoryError, PermissionError)) or 'allocate memory' in str(error)
+            if dist.get_rank() > 0 or unread:
                 raise
             reason = str(error).split('\n')[0]
             print(f'{path} is damaged ({reason}): set aside as {path}.damaged', flush=True)
@@ -466,6 +469,8 @@ def train(args):
 
     # Teacher. Data only where it is used: the method itself needs none.
     teacher = edm_nets.open_teacher(args.teacher, state).to(device, memory_format=torch.channels_last)
+    if teacher.sigma_init is not None:
+        raise ValueError(f'{args.teacher} was trained at sigma {teacher.sigma_init:g} alone: it has no score elsewhere')
     dataset = ruler = None
     if args.gan_weight or args.eval_images:
         dataset = edm_nets.open_data(args.dataset, args.data)
@@ -722,10 +727,10 @@ def main(argv=None):
             if args.nodes and args.eval_images:  # the same number of images without backtracking, for the table
                 train(argparse.Namespace(**dict(vars(args), nodes=0, out=f'{args.out}-nodes0')))
             summarize(args)
-    except (OSError, ValueError, FloatingPointError, dist.DistNetworkError) as error:
-        sys.exit(f'disback.py: {error}')
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        sys.exit(f'disback.py: {error}; a smaller --batch-gpu takes less memory, with the same result')
+    except Exception as error:
+        if line := edm_nets.one_line(error):
+            sys.exit(f'disback.py: {line}')
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -419,8 +419,11 @@ def atomic_save(obj, path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # after a full disk's OSError torch complains of a file without an end
-        raise OSError(f'cannot write {path}: {error.__context__ or error}') from None
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise OSError(f'cannot write {path}: {reason}') from None  # and not torch's word on a file without an end
     finally:
         Path(temporary).unlink(missing_ok=True)
 
@@ -466,6 +469,8 @@ def load(path_or_url):
         if sigma_init is not None and not 0 < sigma_init < 1e6:
             raise ValueError(f'sigma_init {sigma_init}: expected a noise level, or None for a teacher')
     except Exception as error:  # whatever a damaged or hostile file can provoke; told in one line, never hidden
+        if isinstance(error, (MemoryError, PermissionError)) or 'allocate memory' in str(error):
+            raise
         reason = str(error).strip().split('\n')[0] or type(error).__name__
         if path != Path(path_or_url):  # fetched: do not keep what is no network
             path.unlink(missing_ok=True)
@@ -719,7 +724,8 @@ def check_numbers(parser, args, positive, not_negative):
     for name, value in vars(args).items():
         above, least = name in positive.split(), name in not_negative.split()
         for x in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(x, (int, float)) and (not abs(x) < 1e18 or above and x <= 0 or least and x < 0):
+            if isinstance(x, (int, float)) and (not abs(x) < 1e18 or above and x <= 0 or least and x < 0) \
+                    and not (x == float('inf') and name in ('kimg', 'snapshot_kimg', 'status_kimg')):
                 bound = 'above 0' if above else 'of at least 0' if least else 'above -1e18'
                 parser.error(f'--{name.replace("_", "-")} {x}: expected a number {bound} and below 1e18')
 
@@ -755,7 +761,7 @@ class Means:
         """Averages over steps and ranks: {name: float}. Raises FloatingPointError naming what was first not finite."""
         means = {}
         for name in dict.fromkeys(name for name, _ in self.added):
-            mean = torch.stack([value for other, value in self.added if other == name]).float().mean()
+            mean = torch.stack([value for other, value in self.added if other == name]).double().mean()
             dist.all_reduce(mean)
             means[name] = float(mean) / dist.get_world_size()
         if not np.isfinite(list(means.values())).all():
@@ -792,7 +798,8 @@ class Stop:
     def __call__(self):
         """Whether any rank was asked to. Collective, among the hosts: no device is waited for.
 
-        Raises ConnectionError, naming the rank, where one hangs.
+        Raises ConnectionError, naming the rank, where one does not come here. That is where GPUs make the others wait
+        for a rank that hangs; between CPUs it is the step itself, in an all_reduce that names nobody.
         """
         if self.hosts is None:
             return self.asked
@@ -860,11 +867,12 @@ def load_checkpoint(out, config):
             with zipfile.ZipFile(path) as file:
                 if dist.get_rank() == 0 and file.testzip():  # compares the checksum of every tensor
                     raise zipfile.BadZipFile('wrong checksum')
-            state = torch.load(path, map_location='cpu', weights_only=True)
-            old = dict(state['config'])
+            content = torch.load(path, map_location='cpu', weights_only=True)
+            old, state = dict(content['config']), content
             break
         except Exception as error:  # whatever a damaged file can provoke; reported, and the file is kept
-            if dist.get_rank() > 0:
+            unread = isinstance(error, (MemoryError, PermissionError)) or 'allocate memory' in str(error)
+            if dist.get_rank() > 0 or unread:
                 raise
             reason = str(error).split('\n')[0]
             print(f'{path} is damaged ({reason}): set aside as {path}.damaged', flush=True)
@@ -1216,17 +1224,15 @@ def open_data(name, path):
 def open_teacher(path, state=None):
     """A teacher on the CPU, loaded by rank 0 first; `.checksum` is that of its weights. Collective.
 
-    Raises what `load` raises; ValueError where it is a student, is not the same on all ranks, or no longer the one
-    that the checkpoint `state` was trained from.
+    Raises what `load` raises; ValueError where it is not the same on all ranks, or no longer the one that the
+    checkpoint `state` was trained from.
     """
     net = rank0_first(load, path)
-    if net.sigma_init is not None:
-        raise ValueError(f'{path} was trained at one noise level, sigma {net.sigma_init:g}: it is no teacher')
     net.checksum = 0
     for x in net.state_dict().values():
         net.checksum = zlib.crc32(x.contiguous().numpy(), net.checksum)
     agree('teacher', dict(checksum=net.checksum))
-    if state and state['teacher'] != net.checksum:
+    if state and state.get('teacher', net.checksum) != net.checksum:
         raise ValueError(f'{path} is not the network that this run began with: give another --out, or --restart')
     return net
 
@@ -1257,11 +1263,11 @@ def shapes_teacher(sigma=None):
 
 def parse_seeds(text):
     """'0-3,7' -> [0, 1, 2, 3, 7]."""
-    parts = [part.partition('-') for part in text.split(',')]
-    ranges = [range(int(first), int(last or first) + 1) for first, _, last in parts]
-    if not 0 < sum(map(len, ranges)) <= 1_000_000:
+    ends = [(int(first), int(last if dash else first)) for first, dash, last in (
+        part.partition('-') for part in text.split(','))]
+    if not 0 < sum(max(last - first + 1, 0) for first, last in ends) <= 1_000_000:
         raise argparse.ArgumentTypeError(f'{text}: expected one to a million seeds, e.g. 0-63')
-    return list(itertools.chain(*ranges))
+    return [seed for first, last in ends for seed in range(first, last + 1)]
 
 
 def sample(argv=None):
@@ -1414,6 +1420,17 @@ def bench_network(name, n, args, device, peak):
             print(f'{way:34s}{s / seconds["as it is"]:8.3f}')
 
 
+def one_line(error):
+    """What to tell of an error of the user, the machine or another rank; None for one of the code, to be traced."""
+    if isinstance(error, (OSError, ValueError, FloatingPointError)):
+        return str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or 'allocate memory' in str(error):
+        return f'out of memory ({str(error) or "no more is said"}); when training, a smaller --batch-gpu takes less'
+    if isinstance(error, dist.DistNetworkError) or 'Connection closed by peer' in str(error):
+        return f'no connection to another rank: {str(error).splitlines()[0]}'
+    return None
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     commands = dict(train=start_training, sample=sample, bench=bench)
@@ -1422,10 +1439,10 @@ def main(argv=None):
         sys.exit(0 if argv and argv[0] in ('-h', '--help') else 'edm_nets.py: expected train, sample or bench')
     try:
         commands[argv[0]](argv[1:])
-    except (OSError, ValueError, FloatingPointError, dist.DistNetworkError) as error:
-        sys.exit(f'edm_nets.py {argv[0]}: {error}')
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        sys.exit(f'edm_nets.py {argv[0]}: {error}; a smaller --batch-gpu takes less memory, with the same result')
+    except Exception as error:
+        if line := one_line(error):
+            sys.exit(f'edm_nets.py {argv[0]}: {line}')
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -307,14 +307,15 @@ def load_statistics(path, d):
         with np.load(path) as file:
             mu, sigma = (np.asarray(file[key], np.float64) for key in ('mu', 'sigma'))
     except Exception as error:  # whatever a damaged or foreign file can provoke
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, (MemoryError, FileNotFoundError, PermissionError)):
             raise
         raise ValueError(f'{path} is no .npz with mu and sigma: {error}') from None
     if mu.shape != (d,) or sigma.shape != (d, d):
         raise ValueError(f'{path} has statistics of {list(mu.shape)}, {list(sigma.shape)}, expected {[d]}, {[d, d]}: '
                          'made from other features?')
-    if not (max(np.abs(mu).max(), np.abs(sigma).max()) < 1e100 and np.abs(sigma).max() < 1e100
-            and np.allclose(sigma, sigma.T) and sigma.diagonal().min() >= 0):
+    largest = np.abs(sigma).max()  # a pixel that never varies has a variance of zero, or by rounding a little less
+    if not (np.abs(mu).max() < 1e100 and largest < 1e100 and np.allclose(sigma, sigma.T)
+            and sigma.diagonal().min() >= -1e-6 * largest):
         raise ValueError(f'{path}: mu and sigma are not a finite mean and covariance')
     return mu, sigma
 
@@ -479,8 +480,10 @@ def main(argv=None):
                              args.num, args.batch)
         scores['seconds'] = time.perf_counter() - start
         edm_nets.print0('  '.join(f'{k} {v:.5g}' for k, v in scores.items()))
-    except (OSError, ValueError) as error:
-        sys.exit(f'fid.py {args.command}: {error}')
+    except Exception as error:
+        if line := edm_nets.one_line(error):
+            sys.exit(f'fid.py {args.command}: {line}')
+        raise
     finally:
         dist.destroy_process_group()
 

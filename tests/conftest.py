@@ -66,6 +66,12 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Each test draws the same random numbers, whichever ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def few_shapes(monkeypatch):
     """`shapes` of 2,000 images instead of 50,000, for scripts inside this process: a reference of scores in no time."""

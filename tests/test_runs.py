@@ -63,15 +63,13 @@ def test_the_path(folder):
 
 
 def test_processes_and_accumulation_agree(folder):
-    """20 student steps after 4 degradation steps: the same within 1e-4, and another seed is not."""
-    plain = weights(folder / 'plain' / 'student-000000.pt')
-    common = [ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder)]
-    for name, more, processes in [  # two processes of two rounds each
-            ('split', ['--batch-gpu', '8'], 2), ('seed', ['--seed', '1'], 1)]:
-        done = run(*common, '--out', folder / name, *more, processes=processes)
-        assert done.returncode == 0, done.stderr
-        close = distance(plain, weights(folder / name / 'student-000000.pt'))
-        assert (close < 1e-4) == (name != 'seed'), (name, close)
+    """20 student steps after 4 degradation steps: the same within 1e-4, while training moves the weights by more."""
+    command = [ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder), '--out', folder / 'split']
+    done = run(*command, '--batch-gpu', '8', processes=2)  # two rounds each
+    assert done.returncode == 0, done.stderr
+    start, one, two = (weights(path) for path in (
+        teacher(folder), folder / 'plain' / 'student-000000.pt', folder / 'split' / 'student-000000.pt'))
+    assert distance(one, two) < 1e-4 and distance(start, one) > 1e-3, (distance(one, two), distance(start, one))
 
 
 def test_without_nodes_it_is_plain_distillation(folder):
@@ -141,8 +139,8 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(folder):
         assert done.returncode == 0 and 'latest.pt is damaged' in done.stdout and 'resuming' in done.stdout
         plain, mended = (weights(folder / name / 'student-000000.pt') for name in ('plain', 'damaged'))
         assert all(torch.equal(plain[k], mended[k]) for k in plain)
-    for name in ('latest.pt', 'previous.pt'):
-        (folder / 'damaged' / name).write_bytes(content[:100])
+    (folder / 'damaged' / 'previous.pt').write_bytes(content[:100])
+    torch.save(dict(a=1), latest)
     assert 'no whole checkpoint is left' in run(*command).stderr
 
 
@@ -240,7 +238,9 @@ def test_prepared_data_with_classes(folder, tmp_path):
     """A folder of labelled images, as for CIFAR-10: an own teacher, scores, the GAN term on real images."""
     rng = np.random.default_rng(0)
     (tmp_path / 'data').mkdir()
-    np.save(tmp_path / 'data' / 'images.npy', rng.integers(0, 256, [64, 16, 16, 3], dtype=np.uint8))
+    images = rng.integers(0, 256, [64, 16, 16, 3], dtype=np.uint8)
+    images[:, 0] = 12  # as on many a margin: a variance of zero, or by rounding a little less
+    np.save(tmp_path / 'data' / 'images.npy', images)
     np.save(tmp_path / 'data' / 'labels.npy', rng.integers(0, 3, 64))
     common = ['--dataset', 'cifar10', '--data', tmp_path / 'data', '--batch', '32', '--kimg', '0.064']
     done = run(ROOT / 'edm_nets.py', 'train', *common, '--channels', '8', '--channel-mult', '1', '2', '--blocks', '1',
@@ -253,6 +253,8 @@ def test_prepared_data_with_classes(folder, tmp_path):
                '--degrade-kimg', '0.032', '--gan-weight', '3e-3', '--out', tmp_path / 'run']
     done = run(*command)
     assert done.returncode == 0 and 'pixel-FD' in done.stdout, done.stderr
+    more = run(*command, '--kimg', '0.096')  # compares with the reference that the first run left
+    assert more.returncode == 0 and 'resuming' in more.stdout and 'pixel-FD' in more.stdout, more.stderr
     (tmp_path / 'data' / 'images.npy').unlink()
     assert 'nothing to do' in run(*command).stdout  # a complete run needs neither data nor teacher
 
@@ -268,10 +270,10 @@ def test_bad_input_is_one_line(folder, tmp_path):
             (['--out', tmp_path / 'c', '--teacher', tmp_path / 'none.pt'], 'no network at'),
             (['--out', tmp_path / 'd', '--lr', '1e9', '--nodes', '0'], 'diverged'),
             (['--out', tmp_path / 'e', '--fake-lr', '1e9'], 'a weight of fake_score is not finite'),
-            (['--teacher', folder / 'plain' / 'student-000000.pt', '--out', tmp_path / 'b'], 'it is no teacher'),
+            (['--out', tmp_path / 'b', '--teacher', folder / 'plain' / 'student-000000.pt'], 'no score elsewhere'),
             *((flags.split(), 'expected a number') for flags in (
-                '--lr nan', '--kimg inf', '--batch 99999999999999999999', '--seed -1', '--student-sigma 0 1e99',
-                '--nodes -1', '--eval-images -5')),
+                '--lr nan', '--lr inf', '--kimg nan', '--batch 99999999999999999999', '--seed -1', '--nodes -1',
+                '--student-sigma 0 1e99', '--eval-images -5')),
             (['--lr', ''], 'invalid float'), (['--eval-images', '9'], 'at least 10')]:
         done = run(*common, *more)
         assert done.returncode != 0 and message in done.stderr and 'Traceback' not in done.stderr, (more, done.stderr)
@@ -281,7 +283,8 @@ def test_bad_input_is_one_line(folder, tmp_path):
             ('edm_nets.py train --channel-mult 1 -2', 'expected a number above 0'),
             ('edm_nets.py train --channel-mult 1 1 1 1 1 1', '16 px cannot be halved 5 times'),
             ('edm_nets.py sample --net x --seeds 5-3', 'expected one to a million seeds'),
-            ('edm_nets.py sample --net x --seeds 0-99999999999', 'expected one to a million seeds'),
+            ('edm_nets.py sample --net x --seeds 0-99999999999999999999', 'expected one to a million seeds'),
+            ('edm_nets.py sample --net x --seeds 5-', 'invalid parse_seeds value'),
             ('edm_nets.py sample --net x --steps -1', 'expected a number above 0'),
             ('edm_nets.py bench --batch-gpu 0', 'expected a number above 0'),
             ('fid.py score --net x --dataset shapes --batch -3', 'expected a number above 0'),

@@ -117,7 +117,7 @@ def test_a_profile_is_of_what_was_asked_for(tmp_path, monkeypatch):
 
 
 def test_bench_runs(monkeypatch, capsys):
-    monkeypatch.setattr(torch.nn.Module, 'compile', AOT)
+    monkeypatch.setattr(torch.nn.Module, 'compile', EAGER)
     monkeypatch.setattr(edm_nets.seconds_per_call, '__defaults__', (1,))
     done = run(ROOT / 'edm_nets.py', 'bench', '--batch-gpu', '2', '--ways')
     assert done.returncode == 0, done.stderr
