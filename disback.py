@@ -727,7 +727,7 @@ def main(argv=None):
             if args.nodes and args.eval_images:  # the same number of images without backtracking, for the table
                 train(argparse.Namespace(**dict(vars(args), nodes=0, out=f'{args.out}-nodes0')))
             summarize(args)
-    except Exception as error:
+    except Exception as error:  # told in one line where it is not the code's fault, else raised
         if line := edm_nets.one_line(error):
             sys.exit(f'disback.py: {line}')
         raise

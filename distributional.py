@@ -1420,7 +1420,7 @@ def main(argv=None):
             teacher_student_fd(args)
         if args.activations:
             activations(args)
-    except Exception as error:
+    except Exception as error:  # told in one line where it is not the code's fault, else raised
         if line := edm_nets.one_line(error):
             sys.exit(f'distributional.py: {line}')
         raise

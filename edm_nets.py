@@ -1426,7 +1426,7 @@ def one_line(error):
         return str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or 'allocate memory' in str(error):
         return f'out of memory ({str(error) or "no more is said"}); when training, a smaller --batch-gpu takes less'
-    if isinstance(error, dist.DistNetworkError) or 'Connection closed by peer' in str(error):
+    if isinstance(error, dist.DistNetworkError) or 'gloo/transport' in str(error):  # closed, reset, timed out
         return f'no connection to another rank: {str(error).splitlines()[0]}'
     return None
 
@@ -1439,7 +1439,7 @@ def main(argv=None):
         sys.exit(0 if argv and argv[0] in ('-h', '--help') else 'edm_nets.py: expected train, sample or bench')
     try:
         commands[argv[0]](argv[1:])
-    except Exception as error:
+    except Exception as error:  # told in one line where it is not the code's fault, else raised
         if line := one_line(error):
             sys.exit(f'edm_nets.py {argv[0]}: {line}')
         raise

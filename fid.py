@@ -293,6 +293,7 @@ class Statistics:
 
 def save_statistics(path, mu, sigma):
     """Write mu [d] and sigma [d, d] as EDM does, whole or not at all."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(f'{path}.tmp', 'wb') as file:
             np.savez(file, mu=mu, sigma=sigma)
@@ -480,7 +481,7 @@ def main(argv=None):
                              args.num, args.batch)
         scores['seconds'] = time.perf_counter() - start
         edm_nets.print0('  '.join(f'{k} {v:.5g}' for k, v in scores.items()))
-    except Exception as error:
+    except Exception as error:  # told in one line where it is not the code's fault, else raised
         if line := edm_nets.one_line(error):
             sys.exit(f'fid.py {args.command}: {line}')
         raise

@@ -884,7 +884,7 @@ def main(argv=None):
             summarize(args)
         if args.best_of:
             verify(args)
-    except Exception as error:
+    except Exception as error:  # told in one line where it is not the code's fault, else raised
         if line := edm_nets.one_line(error):
             sys.exit(f'teacher_free.py: {line}')
         raise
