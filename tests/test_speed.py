@@ -16,7 +16,7 @@ import fid
 from conftest import ROOT, distance, run, weights
 
 SCRIPTS = {  # four steps of 32 images, a checkpoint after the second
-    'edm_nets': ['train', '--channels', '8', '--channel-mult', '1', '2', '--lr', '1e-3'],
+    'edm_nets': ['train', '--channels', '8', '--channel-mult', '1', '--attention', '16', '--lr', '1e-3'],
     'disback': ['--nodes', '0', '--fake-updates', '1', '--lr', '1e-4', '--fake-lr', '1e-4', '--eval-images', '0'],
     'teacher_free': ['--warmup-kimg', '0', '--lr', '3e-5', '--ratio-lr', '1e-4', '--eval-images', '0'],
     'distributional': ['--r1-interval', '2', '--lr', '3e-5', '--d-lr', '1e-4', '--eval-images', '0']}
