@@ -39,7 +39,7 @@ HOW_TO_PREPARE = {  # datasets that cannot be fetched
     'ffhq64': 'python data.py prepare FFHQ_IMAGES datasets/ffhq64 --resolution 64',
     'afhqv2': 'python data.py prepare AFHQV2_TRAIN datasets/afhqv2 --resolution 64 --no-labels',
     'imagenet64': 'python data.py prepare ILSVRC/Data/CLS-LOC/train datasets/imagenet64 --resolution 64'}
-MAX_CLASSES = 1 << 20
+MAX_CLASSES = 1 << 20  # a label beyond is no class number
 IMAGE_TYPES = {'.png', '.jpg', '.jpeg', '.bmp', '.webp', '.gif', '.ppm', '.tif', '.tiff'}
 
 # ----------------------------------------------------------------------------------------------------

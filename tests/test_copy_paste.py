@@ -33,7 +33,7 @@ def lift(module, *names):
         else:
             lines.append(inspect.getsource(getattr(module, name)))
     namespace = {}
-    exec('\n'.join(lines), namespace)
+    exec('\n'.join(lines), namespace)  # our own source, run apart from the module it was copied from
     return namespace
 
 
@@ -86,7 +86,7 @@ def test_the_distance_and_the_order_of_batches():
 
 
 def test_the_losses():
-    """Those of every method, on the same random numbers; R1 and the student's of DisBack by their gradient."""
+    """Those of every method, on the same random numbers."""
     x, y, z = (torch.randn(4, 3, 8, 8, requires_grad=True) for _ in range(3))
     sigma, l, m = torch.rand(4, 1, 1, 1) + 0.1, torch.randn(4), torch.randn(4)
     cases = [
