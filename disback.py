@@ -417,12 +417,14 @@ def load_checkpoint(out, config):
     return state
 
 
-def start_log(out, log_bytes, args):
+def start_log(out, log_bytes, args, *optimizers):
     """Write config.json, and cut stats.jsonl back to the checkpoint: what came later is about to be done again."""
     versions = dict(torch=torch.__version__, numpy=np.__version__, world_size=dist.get_world_size(),
                     device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')
     with open(f'{out}/config.json', 'w') as f:
-        json.dump(dict(vars(args), versions=versions, command=sys.argv), f, indent=1)
+        trained = sum(p.numel() for o in optimizers for group in o.param_groups for p in group['params']
+                      if p.requires_grad)
+        json.dump(dict(vars(args), versions=versions, command=sys.argv, trained_parameters=trained), f, indent=1)
     with open(f'{out}/stats.jsonl', 'ab') as f:
         f.truncate(min(log_bytes, f.tell()))
 
@@ -430,10 +432,12 @@ def start_log(out, log_bytes, args):
 def log_status(out, stats, nimg, total, seconds, images):
     """One line to the terminal and one object to stats.jsonl. `seconds` for the last `images`."""
     speed = seconds / images if images else 0
-    stats = dict(kimg=nimg / 1000, sec_per_kimg=round(speed * 1000, 4), **stats)
+    stats = dict(kimg=nimg / 1000, sec_per_kimg=round(speed * 1000, 4), seconds=round(seconds, 2), **stats)
+    if torch.cuda.is_available():
+        stats['peak_gib'] = torch.cuda.max_memory_allocated() / 2 ** 30  # of this rank
     left = speed * max(total - nimg, 0)
     print0(f'kimg {nimg / 1000:<9.2f} {min(nimg / total, 1):4.0%}  ' + '  '.join(
-        f'{k} {v:<.5g}' for k, v in stats.items() if k != 'kimg') + f'  left {left / 60:.1f} min')
+        f'{k} {v:<.5g}' for k, v in stats.items() if k not in ('kimg', 'seconds')) + f'  left {left / 60:.1f} min')
     if dist.get_rank() == 0:
         with open(f'{out}/stats.jsonl', 'a') as f:
             f.write(json.dumps(stats) + '\n')
@@ -525,7 +529,7 @@ def train(args):
     elif rank == 0:
         edm_nets.save(f'{args.out}/path-00.pt', teacher, args.dataset, 0)  # node 0 is the untouched teacher
     if rank == 0:
-        start_log(args.out, state['log_bytes'] if state else 0, args)
+        start_log(args.out, state['log_bytes'] if state else 0, args, student_optimizer, fake_optimizer)
         if os.path.exists(f'{args.out}/summary.png'):
             os.remove(f'{args.out}/summary.png')  # of a shorter run
     del state
