@@ -18,6 +18,7 @@ import functools
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import os
 import pickle
@@ -98,6 +99,58 @@ def save_panels(panels, path, columns, scale):
         ImageDraw.Draw(heading).text((2, 2), title, fill='black', font=ImageFont.load_default())
         pictures += [np.asarray(heading), grid(images, columns, scale)]
     save_png(np.concatenate(pictures), path)
+
+
+COLORS = ['#1f77b4', '#d62728', '#2ca02c', '#9467bd', '#ff7f0e', '#17becf', '#8c564b', '#7f7f7f']
+
+
+def save_curves(panels, path, width=720, height=250):
+    """Panels of curves below one another: {title: {name: [[(x, y), ...] of each run, ...]}} -> one PNG.
+
+    A thin line is a run, the bold one the mean of those runs that have the same x; y is logarithmic where all are
+    above 0. Drawn at twice the size and shrunk, which smooths the lines.
+    """
+    scale, left, right, top, bottom = 2, 60, 170, 24, 24
+    font = ImageFont.load_default(12 * scale)
+    names = dict.fromkeys(name for curves in panels.values() for name in curves)
+    colors = dict(zip(names, itertools.cycle(COLORS)))
+    canvas = Image.new('RGB', (width * scale, height * scale * len(panels)), 'white')
+    draw = ImageDraw.Draw(canvas)
+    for panel, (title, curves) in enumerate(panels.items()):
+        points = np.array([point for runs in curves.values() for run in runs for point in run], float)
+        log = bool((points[:, 1] > 0).all())
+        bend = np.log if log else np.asarray
+        (x_0, y_0), (x_1, y_1) = points.min(0), points.max(0)
+        y_0, y_1 = bend(y_0), bend(y_1)
+        x_1, margin = max(x_1, x_0 + 1e-9), max(0.05 * (y_1 - y_0), 1e-9)
+
+        def place(x, y):
+            u = (x - x_0) / (x_1 - x_0) * (width - left - right)
+            v = (y_1 + margin - bend(y)) / (y_1 - y_0 + 2 * margin) * (height - top - bottom)
+            return (left + u) * scale, (panel * height + top + v) * scale
+
+        def ticks(low, high, log):
+            if log:
+                return [k * 10. ** e for e in range(-6, 9) for k in (1, 2, 5) if low <= k * 10. ** e <= high]
+            step = min(s for s in (k * 10. ** e for e in range(-6, 9) for k in (1, 2, 5)) if s >= (high - low) / 6)
+            return np.arange(np.ceil(low / step), high / step + 1e-6) * step
+
+        low, high = (np.exp([y_0, y_1]) if log else (y_0, y_1))
+        for y in ticks(low, high, log):
+            draw.line([place(x_0, y), place(x_1, y)], fill='#e0e0e0', width=scale)
+            draw.text((left * scale - 8, place(x_0, y)[1]), f'{y:g}', fill='black', font=font, anchor='rm')
+        for x in ticks(x_0, x_1, False):
+            draw.text((place(x, np.exp(y_0) if log else y_0)[0], (panel + 1) * height * scale - 4), f'{x:g}',
+                      fill='black', font=font, anchor='md')
+        draw.text((left * scale, (panel * height + 4) * scale), title, fill='black', font=font)
+        for row, (name, runs) in enumerate(curves.items()):
+            for run in runs:
+                draw.line([place(*point) for point in run], fill=colors[name], width=scale)
+            if len({tuple(x for x, _ in run) for run in runs}) == 1:
+                draw.line([place(*point) for point in np.mean(runs, 0)], fill=colors[name], width=3 * scale)
+            draw.text(((width - right + 12) * scale, (panel * height + top + 16 * row) * scale), name,
+                      fill=colors[name], font=font)
+    save_png(np.asarray(canvas.resize((width, height * len(panels)), Image.Resampling.LANCZOS)), path)
 
 # ----------------------------------------------------------------------------------------------------
 # Batches in order.

@@ -557,10 +557,11 @@ def train(args):
             z, labels, sigma, eps = (part[rounds[0]] for part in draw(generator, *args.fake_sigma))
             with torch.no_grad(), autocast():
                 x_0 = edm_nets.one_step(student, z, labels, args.sigma_init)
-                # Denoising errors on the student's samples; less the fake score's, a model's is its mismatch.
-                for name, net in dict(fake=fake_score, target=target, teacher=teacher).items():
-                    error = denoising_error(net(x_0 + sigma * eps, sigma, labels), x_0, sigma).mean()
-                    means.add(**{f'error_{name}': error})
+                # Mismatch: how much worse a target denoises the student's samples than the fake score, their own model.
+                fake_error, *errors = (
+                    denoising_error(net(x_0 + sigma * eps, sigma, labels), x_0, sigma).mean()
+                    for net in (fake_score, target, teacher))
+                means.add(**{name: error - fake_error for name, error in zip(('mismatch', 'mismatch_teacher'), errors)})
             stats, seconds = dict(node=node, degrade_kimg=degraded / 1000, **means.collect()), time.time() - tick_time
             if snapshot or stopping:
                 check_finite(evolving)
@@ -682,15 +683,6 @@ def train(args):
     return True
 
 
-def read_scores(out):
-    """The first and the last line with scores of a run: (student before, student after)."""
-    with open(f'{out}/stats.jsonl') as f:
-        lines = [stats for stats in map(json.loads, f) if 'images' in stats]
-    if not lines or lines[0]['kimg']:
-        raise ValueError(f'{out} was begun without scores: repeat it with another --out, or with --eval-images 0')
-    return lines[0], lines[-1]
-
-
 def summarize(args):
     """summary.png (data, teacher, student before and after) and, with scores, a table, also in summary.txt."""
     _, _, device = setup()
@@ -698,26 +690,22 @@ def summarize(args):
     before = edm_nets.load(args.teacher).to(device)
     before.sigma_init = args.sigma_init
     after = edm_nets.load(edm_nets.newest(args.out, 'student')).to(device)
-    dataset, rows, lines, seeds = data.Shapes(), {}, [], np.arange(36)
+    dataset, rows, seeds = data.Shapes(), {}, np.arange(36)
     if args.eval_images:
         ruler = fid.Ruler(dataset, args.features, device)
         # Two draws of data differ too: the first row is the least that so few images can reach.
         rows['data, other images'] = ruler.score(data.Shapes(args.eval_images, seed=1).images, args.eval_images)
         rows['teacher, 18 steps'] = ruler.score(lambda i: edm_nets.generate(teacher, i, 18), args.eval_images)
-        rows['student before'], rows['student after'] = read_scores(args.out)
+        rows['student before'], rows['student after'] = fid.read_scores(args.out)
         if args.nodes:
-            rows['the same without nodes'] = read_scores(f'{args.out}-nodes0')[1]
-        columns = [ruler.name, 'precision', 'recall', 'valid', 'coverage', 'tv']
-        lines = [f'{"":24s}' + ''.join(f'{c:>11s}' for c in columns)]
-        lines += [f'{name:24s}' + ''.join(f'{row[c]:11.3f}' for c in columns) for name, row in rows.items()]
+            rows['the same without nodes'] = fid.read_scores(f'{args.out}-nodes0')[1]
+        fid.report(rows, f'{args.out}/summary.txt')
     if dist.get_rank() == 0:
-        with open(f'{args.out}/summary.txt', 'w') as f:
-            f.write('\n'.join(lines) + '\n')
         data.save_panels({
             'data': dataset.images(seeds), 'teacher, 18 steps': edm_nets.generate(teacher, seeds, 18),
             'student before, 1 step': edm_nets.generate(before, seeds),
             'student after, 1 step': edm_nets.generate(after, seeds)}, f'{args.out}/summary.png', columns=18, scale=3)
-        print('\n'.join([*lines, f'{args.out}/summary.png: data, teacher, student before, student after']), flush=True)
+        print(f'{args.out}/summary.png: data, teacher, student before, student after', flush=True)
 
 
 def main(argv=None):

@@ -19,10 +19,8 @@ with `energy`, all of its U-Net.
     python distributional.py                                           # shapes, minutes on a CPU, nothing downloaded
     python distributional.py --dataset cifar10                         # one GPU, starts from the official EDM weights
     torchrun --nproc_per_node=8 distributional.py --dataset imagenet64 --batch-gpu 32   # eight GPUs
-    python distributional.py --sweep freeze --seeds 0 1 2              # frozen and unfrozen side by side
     python distributional.py --teacher-student-fd 2 4 6 8 10           # then: both near the data, and far apart?
     python distributional.py --activations                             # then: which layer works at which sigma
-    python distributional.py --cost                                    # seconds of a training step, part by part
 
 Status: measured on shapes and on a small CIFAR-10 (README). The paper's one-step FIDs (GDD-I: CIFAR-10 1.54, FFHQ 0.85,
 ImageNet 1.16; GDD: AFHQv2 1.23): not run.
@@ -53,7 +51,6 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import edm_nets
@@ -124,10 +121,6 @@ def parse_args(argv=None):
     p.add_argument('--teacher-student-fd', type=int, nargs='+', metavar='STEPS', default=[],
                    help='once trained, distances between teacher at so many Heun steps, student and data')
     p.add_argument('--activations', action='store_true', help='then a picture: which layer works at which sigma')
-    p.add_argument('--cost', action='store_true', help='time the parts of a training step, train no student')
-    p.add_argument('--sweep', choices=['freeze'], help='train with every value of this flag and every seed of --seeds; '
-                   'prints a table')
-    p.add_argument('--seeds', type=int, nargs='+', help='for --sweep (default: --seed alone)')
     p.add_argument('--seed', type=int, default=0, help='of all random numbers (%(default)s)')
     p.add_argument('--precision', choices=['bf16', 'fp32'], help='default: bf16 on a GPU, fp32 on a CPU')
     p.add_argument('--compile', action='store_true', help='torch.compile the student (R1 forbids it for the rest)')
@@ -140,18 +133,15 @@ def parse_args(argv=None):
     p.add_argument('--features', choices=['inception', 'pixels'], help='default: pixels for shapes, else inception')
     args = p.parse_args(argv)
     check_numbers(p, args, positive='kimg batch batch_gpu lr d_lr r1_interval sigma_init snapshot_kimg status_kimg '
-                  'profile', not_negative='seed seeds r1_gamma eval_images')
+                  'profile', not_negative='seed r1_gamma eval_images')
     if args.r1_gamma is None:
         args.r1_gamma = 1.0 if set(args.backbones) <= set(UNETS) else 4e-4 / args.batch
     if 0 < args.eval_images < 10:
         p.error('--eval-images must be 0 or at least 10')
     if len(set(args.backbones)) < len(args.backbones):
         p.error('--backbones: each at most once')
-    if min(args.teacher_student_fd, default=2) < 2 or (args.teacher_student_fd or args.sweep) and not args.eval_images:
-        p.error('--teacher-student-fd needs numbers of steps of at least 2; it and --sweep need --eval-images')
-    analyses = args.teacher_student_fd or args.activations
-    if (args.sweep and args.cost) or (args.sweep or args.cost) and analyses or args.seeds and not args.sweep:
-        p.error('--sweep, --cost and the analyses, which come after one run, go one at a time; --seeds: with --sweep')
+    if args.teacher_student_fd and (min(args.teacher_student_fd) < 2 or not args.eval_images):
+        p.error('--teacher-student-fd needs numbers of steps of at least 2, and --eval-images')
     if args.profile and args.r1_gamma and args.profile % args.r1_interval:
         p.error(f'--profile: a multiple of --r1-interval {args.r1_interval}, so that R1 has its share')
     if args.dataset == 'shapes' and args.data:
@@ -1126,15 +1116,6 @@ def train(args):
     return True
 
 
-def read_scores(out):
-    """The first and the last line with scores of a run: (student before, student after)."""
-    with open(f'{out}/stats.jsonl') as f:
-        lines = [stats for stats in map(json.loads, f) if 'images' in stats]
-    if not lines or lines[0]['kimg']:
-        raise ValueError(f'{out} was begun without scores: repeat it with another --out, or with --eval-images 0')
-    return lines[0], lines[-1]
-
-
 def best_snapshot(out):
     """(path, scores) of the snapshot closest to the data. The authors stopped there, and report its score."""
     with open(f'{out}/stats.jsonl') as f:
@@ -1142,22 +1123,6 @@ def best_snapshot(out):
     latest = {int(stats['kimg']): stats for stats in lines}  # a file is named by whole kimg: the last one has it
     scores = min(latest.values(), key=lambda stats: stats.get('FID', stats.get('pixel-FD')))
     return f'{out}/student-{int(scores["kimg"]):06d}.pt', scores
-
-
-SCORES = ['FID', 'pixel-FD', 'precision', 'recall', 'IS', 'valid', 'coverage', 'tv']
-
-
-def report(rows, path):
-    """Print {name: {score: number or text}} as a table, and write it to a text file. No score: the run diverged."""
-    columns = [c for c in SCORES if any(c in row for row in rows.values())]
-    lines = [f'{"":24s}' + ''.join(f'{c:>17s}' for c in columns)]
-    for name, row in rows.items():
-        cells = [row.get(c, 'diverged') for c in columns]
-        lines.append(f'{name:24s}' + ''.join(f'{c if isinstance(c, str) else f"{c:.3f}":>17s}' for c in cells))
-    if dist.get_rank() == 0:
-        with open(path, 'w') as f:
-            f.write('\n'.join(lines) + '\n')
-        print('\n'.join(lines), flush=True)
 
 
 def summarize(args):
@@ -1172,45 +1137,17 @@ def summarize(args):
         # Two draws of data differ too: the first row is the least that so few images can reach.
         rows['data, other images'] = ruler.score(data.Shapes(args.eval_images, seed=1).images, args.eval_images)
         rows['teacher, 18 steps'] = ruler.score(lambda i: edm_nets.generate(teacher, i, 18), args.eval_images)
-        rows['student before'], rows['student after'] = read_scores(args.out)
+        rows['student before'], rows['student after'] = fid.read_scores(args.out)
         best = best_snapshot(args.out)[1]
         if best['kimg'] < rows['student after']['kimg']:
             rows[f'lowest, at {best["kimg"]:g} kimg'] = best
-        report(rows, f'{args.out}/summary.txt')
+        fid.report(rows, f'{args.out}/summary.txt')
     if dist.get_rank() == 0:
         data.save_panels({
             'data': dataset.images(seeds), 'teacher, 18 steps': edm_nets.generate(teacher, seeds, 18),
             'student before, 1 step': edm_nets.generate(before, seeds),
             'student after, 1 step': edm_nets.generate(after, seeds)}, f'{args.out}/summary.png', columns=18, scale=3)
         print(f'{args.out}/summary.png: data, teacher, student before, student after', flush=True)
-
-
-def sweep(args):
-    """Train with every value of one flag and every seed, each in its own folder -> a table, also in a file.
-
-    Its entries are means over the seeds and, after +-, sample standard deviations. A run that diverges is said so.
-    """
-    values = dict(freeze=[0, 1])[args.sweep]
-    rows, seeds = {}, args.seeds or [args.seed]
-    for value in values:
-        runs = []
-        for seed in seeds:
-            out = f'{args.out}-{args.sweep}-{value}-seed{seed}'
-            run = argparse.Namespace(**dict(vars(args), seed=seed, out=out))
-            setattr(run, args.sweep, value)
-            try:
-                train(run)
-                runs.append(read_scores(out)[1])
-            except FloatingPointError as error:  # on all ranks alike
-                print0(f'{out}: {error}')
-        name = f'{args.sweep} {value}' + (f' ({len(runs)} of {len(seeds)})' if len(runs) < len(seeds) else '')
-        rows[name] = {}
-        for c in SCORES:
-            scores = [run_scores[c] for run_scores in runs if c in run_scores]
-            if scores:
-                spread = np.std(scores, ddof=1) if len(scores) > 1 else 0
-                rows[name][c] = f'{np.mean(scores):.3f} +-{spread:.3f}'
-    report(rows, f'{args.out}-{args.sweep}.txt')
 
 
 def teacher_student_fd(args):
@@ -1314,108 +1251,11 @@ def activations(args, levels=24, images=64):
     print(f'{args.out}/activations.png: {len(table)} layers; b, a: the one step before and after training', flush=True)
 
 
-def cost(args, repeat=5):
-    """Print what one training step takes on this machine, part by part: each part alone, the median of `repeat`.
-
-    Below the parts, as ratios to the features' forward pass: what it would take in other ways.
-    """
-    _, _, device = setup()
-    args.teacher = args.teacher or default_teacher(args.dataset)
-    dataset, student = open_both(args)
-    discriminator, projections = make_discriminator(args, student, dataset, device)
-    student = student.to(device, memory_format=torch.channels_last)
-    choose_trained(student, args.freeze)
-    if args.compile:
-        edm_nets.compile_networks(student)
-    n = args.batch_gpu or args.batch // dist.get_world_size()
-    args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
-    autocast = make_autocast(args.precision, device)
-    indices, _ = data.batch_order(args.seed, 0, n, len(dataset))
-    real = data.to_float(dataset.images(indices).to(device))
-    labels = (dataset.labels(indices) if student.label_dim else torch.zeros([n], dtype=torch.int64)).to(device)
-    one_hot = F.one_hot(labels, max(student.label_dim, 1))
-    noise = draw_noise(real.shape, data.step_generator(args.seed, 0, 0, device), *args.noise)
-    z = torch.randn_like(real)
-
-    def generate(grad):
-        with torch.set_grad_enabled(grad), autocast():
-            fake = edm_nets.one_step(student, z, one_hot, args.sigma_init)
-        if grad:
-            fake.sum().backward()
-
-    def features(grad, backward=True, autocast=autocast):
-        images = real.detach().requires_grad_(grad)
-        with torch.set_grad_enabled(grad), autocast():
-            view = look(images, projections, noise)
-        if grad and backward:
-            torch.autograd.backward([h.float().sum() for name in projections for h in view[name]])
-
-    def heads(of_weights):
-        discriminator.requires_grad_(of_weights)
-        leaves = {name: [h.detach().requires_grad_(not of_weights) for h in h_s] for name, h_s in seen.items()}
-        with autocast():
-            logits = discriminator(*[leaves] * (2 if of_weights else 1), labels=labels)
-        (discriminator_loss(*logits) if of_weights else generator_loss(*logits)).backward()
-
-    def r1():
-        discriminator.requires_grad_(True)
-        images = real.detach().requires_grad_(True).clone()  # FlopCounterMode does not take leaves
-        with autocast(), sdpa_kernel(SDPBackend.MATH):
-            logits, = discriminator(look(images, projections, noise), labels=labels)
-        r1_penalty(logits, images).backward(inputs=trained(discriminator))
-
-    with torch.no_grad(), autocast():
-        seen = look(real, projections, noise)
-    parts = [('student, forward and backward', 1, lambda: generate(True)),
-             ('student, forward', 1, lambda: generate(False)),
-             ('features, there and back to the image', bool(projections), lambda: features(True)),
-             ('features, forward', 2 * bool(projections), lambda: features(False)),
-             ('heads, back to the features', 1, lambda: heads(False)),
-             ('heads, real and generated', 1, lambda: heads(True)),
-             ('R1', 1 / args.r1_interval if args.r1_gamma else 0, r1)]
-
-    def measure(function):
-        """(median seconds, GFLOP per image)"""
-        with FlopCounterMode(display=False) as counter:  # and a first call to warm up
-            function()
-        times = []
-        for _ in range(repeat):
-            start = time.perf_counter()
-            function()
-            if device.type == 'cuda':
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return np.median(times), counter.get_total_flops() / n / 1e9
-
-    lines = [(name, count, *measure(function)) for name, count, function in parts if count]
-    step = sum(count * seconds for _, count, seconds, _ in lines)
-    gflop = sum(count * work for _, count, _, work in lines)
-    print0(f'{n} images per GPU, {" + ".join(args.backbones)}, --freeze {args.freeze}, {args.precision}, {device}')
-    for name, count, seconds, work in lines:
-        print0(f'{name:38s}{work:9.2f} GFLOP/image {seconds:9.3f} s  x {count:<7.4g}{count * seconds / step:6.1%}')
-    print0(f'{"a step, without optimizers":38s}{gflop:9.2f} GFLOP/image {step:9.3f} s = {step / n * 1000:.3g} s/kimg')
-    if projections:
-        other = dict(bf16='fp32', fp32='bf16')[args.precision]
-        print0('\nfeatures, forward, in other ways: their time over the time above')
-        as_it_is = measure(lambda: features(False))[0]
-        for name, function in (('keeping a graph', lambda: features(True, backward=False)),
-                               (other, lambda: features(False, autocast=make_autocast(other, device)))):
-            print0(f'{name:38s}{measure(function)[0] / as_it_is:9.2f}')
-        projections.to(memory_format=torch.contiguous_format)
-        print0(f'{"contiguous, not channels_last":38s}{measure(lambda: features(False))[0] / as_it_is:9.2f}')
-
-
 def main(argv=None):
     args = parse_args(argv)
     try:
         if args.profile:
             edm_nets.profile(train, args)
-            return
-        if args.sweep:
-            sweep(args)
-            return
-        if args.cost:
-            cost(args)
             return
         trained_now = train(args)
         if args.dataset == 'shapes' and (trained_now or not os.path.exists(f'{args.out}/summary.png')):

@@ -2,6 +2,8 @@
 
     python fid.py score --net PATH_OR_URL --dataset cifar10 --num 50000    # one step for a student, else 18 Heun steps
     python fid.py ref --dataset cifar10 --out cifar10.npz                  # reference statistics, EDM's format
+    python fid.py table RUN_FOLDERS                                        # of last scores, mean and spread over seeds
+    python fid.py plot RUN_FOLDERS --out curves.png                        # of scores against images
     python fid.py bench                                                    # how fast, against other ways to do it
 
 FID follows EDM: images as uint8, the 2015 Inception with TensorFlow-1 resizing, float64 statistics, 50,000 images of
@@ -11,7 +13,9 @@ the Inception weights, is always called pixel-FD. Published FIDs are minima over
 
 import argparse
 import copy
+import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -403,6 +407,87 @@ class Ruler:
         return scores
 
 
+# ----------------------------------------------------------------------------------------------------
+# Tables and curves of finished runs.
+
+SCORES = ['FID', 'pixel-FD', 'precision', 'recall', 'IS', 'valid', 'coverage', 'tv']
+
+
+def report(rows, path=None, columns=SCORES):
+    """Print {name: {column: number or text}} as a table, on rank 0, and write it to a text file if there is a path."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    columns = [c for c in columns if any(c in row for row in rows.values())]
+    cells = [['', *columns]] + [[name] + [x if isinstance(x, str) else f'{x:.3f}' for x in (
+        row.get(c, '-') for c in columns)] for name, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ['  '.join([row[0].ljust(widths[0])] + [x.rjust(w) for x, w in zip(row[1:], widths[1:])]) for row in cells]
+    if path:
+        with open(path, 'w') as f:
+            f.write('\n'.join(lines) + '\n')
+    print('\n'.join(lines), flush=True)
+
+
+def read_stats(out):
+    """The status lines of a run folder: a list of dicts."""
+    with open(f'{out}/stats.jsonl') as f:
+        return [json.loads(line) for line in f]
+
+
+def read_scores(out):
+    """The first and the last line with scores of a run: (student before, student after)."""
+    lines = [stats for stats in read_stats(out) if 'images' in stats]
+    if not lines or lines[0]['kimg']:
+        raise ValueError(f'{out} was begun without scores: repeat it with another --out, or with --eval-images 0')
+    return lines[0], lines[-1]
+
+
+def by_name(runs):
+    """Run folders -> {name: [folder, ...]}: those that differ in nothing but `-seed0`, `-seed1`, ... go together."""
+    groups = {}
+    for out in runs:
+        groups.setdefault(re.sub(r'-seed\d+', '', Path(out).resolve().name), []).append(out)
+    return groups
+
+
+def table(runs):
+    """Last scores, kimg, seconds of training (scoring not counted) and millions of trained parameters: a row per name.
+
+    Means over the seeds and, after ±, sample standard deviations. Runs that did not reach their --kimg are left out of
+    the means, and the row's name says so.
+    """
+    rows = {}
+    for name, folders in by_name(runs).items():
+        ends = []
+        for out in folders:
+            lines, config = read_stats(out), json.loads(Path(out, 'config.json').read_text())
+            if lines and lines[-1]['kimg'] >= config['kimg']:
+                ends.append(dict(read_scores(out)[1], seconds=sum(line['seconds'] for line in lines),
+                                 trained=config['trained_parameters'] / 1e6))
+        row = rows[name if len(ends) == len(folders) else f'{name} ({len(ends)} of {len(folders)} runs)'] = {}
+        for c in [*SCORES, 'kimg', 'seconds', 'trained']:
+            values = [end[c] for end in ends if c in end]
+            if values:
+                spread = f' ±{np.std(values, ddof=1):.2g}' if len(values) > 1 and np.ptp(values) else ''
+                row[c] = f'{np.mean(values):.4g}{spread}'
+    return rows
+
+
+def plot(runs, columns, out):
+    """A panel per column of stats.jsonl, against thousands of student images; a colour per name -> PNG `out`."""
+    panels = {}
+    for column in columns:
+        panel = panels[f'{column}, against kimg'] = {}
+        for name, folders in by_name(runs).items():
+            curves = [list({line['kimg']: line[column] for line in read_stats(folder) if column in line}.items())
+                      for folder in folders]
+            if any(curves):
+                panel[name] = [curve for curve in curves if curve]
+        if not panel:
+            raise ValueError(f'no run has {column} in its stats.jsonl')
+    data.save_curves(panels, out)
+
+
 def bench(device, n=32, d=2048):
     """Seconds per 1,000 images of Inception and per Fréchet distance, and of other ways, as ratios in one run."""
     import scipy.linalg
@@ -451,12 +536,24 @@ def main(argv=None):
     p.add_argument('--batch', type=int, default=250, help='images at a time (%(default)s)')
     p = commands.add_parser('ref', parents=[shared], help='write reference statistics', allow_abbrev=False)
     p.add_argument('--out', required=True, help='.npz to write')
+    runs = argparse.ArgumentParser(add_help=False)
+    runs.add_argument('runs', nargs='+', help='run folders; NAME-seed0, NAME-seed1, ... are one row, one colour')
+    p = commands.add_parser('table', parents=[runs], help='of last scores', allow_abbrev=False)
+    p.add_argument('--columns', nargs='+', default=[*SCORES, 'kimg', 'seconds', 'trained'],
+                   help='(default: %(default)s)')
+    p = commands.add_parser('plot', parents=[runs], help='scores against images', allow_abbrev=False)
+    p.add_argument('--columns', nargs='+', default=['pixel-FD'], help='of stats.jsonl (default: %(default)s)')
+    p.add_argument('--out', required=True, help='.png to write')
     commands.add_parser('bench', help='time Inception and the distance', allow_abbrev=False)
     args = parser.parse_args(argv)
     if args.command == 'score':
         edm_nets.check_numbers(parser, args, positive='num steps batch', not_negative='seed')
-    _, _, device = edm_nets.setup()
     try:
+        if args.command == 'table':
+            return report(table(args.runs), columns=args.columns)
+        if args.command == 'plot':
+            return plot(args.runs, args.columns, args.out)
+        _, _, device = edm_nets.setup()
         if args.command == 'bench':
             return bench(device)
         features = args.features or ('pixels' if args.dataset == 'shapes' else 'inception')
@@ -486,7 +583,8 @@ def main(argv=None):
             sys.exit(f'fid.py {args.command}: {line}')
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == '__main__':

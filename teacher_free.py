@@ -20,7 +20,6 @@ classifier, told the noise level, learns the log density ratio whose gradient is
     python teacher_free.py --dataset cifar10                           # one GPU, starts from the official EDM weights
     torchrun --nproc_per_node=8 teacher_free.py --dataset imagenet64 --batch-gpu 32  # eight GPUs
     python teacher_free.py --best-of 1 2 4 8                           # the ratio as a verifier of K candidates
-    python teacher_free.py --sweep init --seeds 0 1 2                  # a table over one flag: init, divergence, ...
 
 Status: measured on shapes and on CIFAR-10 shrunk to 16 pixels (README). The paper's one-step FIDs: not run.
 """
@@ -110,9 +109,6 @@ def parse_args(argv=None):
     p.add_argument('--best-of', type=int, nargs='+', metavar='K', default=[],
                    help='once trained, score samples that are the pick of K candidates')
     p.add_argument('--verifier', choices=['resample', 'max'], default='resample', help='how to pick (%(default)s)')
-    p.add_argument('--sweep', choices=['init', 'divergence', 'weight', 'ratio_net'],
-                   help='train with every value of this flag and every seed of --seeds; prints a table')
-    p.add_argument('--seeds', type=int, nargs='+', help='for --sweep (default: --seed alone)')
     p.add_argument('--seed', type=int, default=0, help='of all random numbers (%(default)s)')
     p.add_argument('--precision', choices=['bf16', 'fp32'], help='default: bf16 on a GPU, fp32 on a CPU')
     p.add_argument('--compile', action='store_true', help='torch.compile the networks')
@@ -125,18 +121,15 @@ def parse_args(argv=None):
     p.add_argument('--features', choices=['inception', 'pixels'], help='default: pixels for shapes, else inception')
     args = p.parse_args(argv)
     check_numbers(p, args, positive='kimg batch batch_gpu lr ratio_lr ratio_updates draws sigma_init best_of '
-                  'snapshot_kimg status_kimg profile', not_negative='seed seeds warmup_kimg eval_images')
+                  'snapshot_kimg status_kimg profile', not_negative='seed warmup_kimg eval_images')
     if args.profile:
         args.warmup_kimg = 0  # no first stage
-    if 0 < args.eval_images < 10 or (args.best_of or args.sweep) and not args.eval_images:
-        p.error('--eval-images must be 0 or at least 10, and not 0 for --best-of and --sweep')
-    if args.sweep and args.best_of or args.seeds and not args.sweep:
-        p.error('--sweep trains and scores; --best-of comes after one run, and --seeds belongs to --sweep')
-    wants_single_level = args.init == 'single-level' or args.sweep == 'init'
-    if wants_single_level and args.dataset != 'shapes' and not args.single_level:
+    if 0 < args.eval_images < 10 or args.best_of and not args.eval_images:
+        p.error('--eval-images must be 0 or at least 10, and not 0 for --best-of')
+    if args.init == 'single-level' and args.dataset != 'shapes' and not args.single_level:
         p.error(f'--init single-level: train the network with `python edm_nets.py train --dataset {args.dataset} '
                 f'--sigma {args.sigma_init:g}`, then give it as --single-level PATH')
-    if args.single_level and not wants_single_level:
+    if args.single_level and args.init != 'single-level':
         p.error('--single-level is the network for --init single-level')
     if args.dataset == 'shapes' and args.data:
         p.error('--data: shapes is drawn on the fly; name the --dataset that the folder stands for')
@@ -781,31 +774,6 @@ def train(args):
     return True
 
 
-def read_scores(out):
-    """The first and the last line with scores of a run: (student before, student after)."""
-    with open(f'{out}/stats.jsonl') as f:
-        lines = [stats for stats in map(json.loads, f) if 'images' in stats]
-    if not lines or lines[0]['kimg']:
-        raise ValueError(f'{out} was begun without scores: repeat it with another --out, or with --eval-images 0')
-    return lines[0], lines[-1]
-
-
-SCORES = ['FID', 'pixel-FD', 'precision', 'recall', 'IS', 'valid', 'coverage', 'tv']
-
-
-def report(rows, path):
-    """Print {name: {score: number or text}} as a table, and write it to a text file. No score: the run diverged."""
-    columns = [c for c in SCORES if any(c in row for row in rows.values())]
-    lines = [f'{"":24s}' + ''.join(f'{c:>17s}' for c in columns)]
-    for name, row in rows.items():
-        cells = [row.get(c, 'diverged') for c in columns]
-        lines.append(f'{name:24s}' + ''.join(f'{c if isinstance(c, str) else f"{c:.3f}":>17s}' for c in cells))
-    if dist.get_rank() == 0:
-        with open(path, 'w') as f:
-            f.write('\n'.join(lines) + '\n')
-        print('\n'.join(lines), flush=True)
-
-
 def summarize(args):
     """summary.png (data, teacher, student before and after) and, with scores, a table, also in summary.txt."""
     _, _, device = setup()
@@ -820,8 +788,8 @@ def summarize(args):
         # Two draws of data differ too: the first row is the least that so few images can reach.
         rows['data, other images'] = ruler.score(data.Shapes(args.eval_images, seed=1).images, args.eval_images)
         rows['teacher, 18 steps'] = ruler.score(lambda i: edm_nets.generate(teacher, i, 18), args.eval_images)
-        rows['student before'], rows['student after'] = read_scores(args.out)
-        report(rows, f'{args.out}/summary.txt')
+        rows['student before'], rows['student after'] = fid.read_scores(args.out)
+        fid.report(rows, f'{args.out}/summary.txt')
     if dist.get_rank() == 0:
         data.save_panels({
             'data': dataset.images(seeds), 'teacher, 18 steps': edm_nets.generate(teacher, seeds, 18),
@@ -843,35 +811,7 @@ def verify(args):
         rows[f'{args.verifier}, K = {K}'] = ruler.score(images, args.eval_images)
         if dist.get_rank() == 0:
             data.save_grid(images(range(64)), f'{args.out}/best-of-{K}-{args.verifier}.png', scale=2)
-    report(rows, f'{args.out}/best-of-{args.verifier}.txt')
-
-
-def sweep(args):
-    """Train with every value of one flag and every seed, each in its own folder -> a table, also in a file.
-
-    Its entries are means over the seeds and, after +-, sample standard deviations. A run that diverges is said so.
-    """
-    values = dict(init=INITS, divergence=DIVERGENCES, weight=WEIGHTS, ratio_net=RATIO_NETS)[args.sweep]
-    rows, seeds = {}, args.seeds or [args.seed]
-    for value in values:
-        runs = []
-        for seed in seeds:
-            out = f'{args.out}-{args.sweep}-{value}-seed{seed}'
-            run = argparse.Namespace(**dict(vars(args), seed=seed, out=out))
-            setattr(run, args.sweep, value)
-            try:
-                train(run)
-                runs.append(read_scores(out)[1])
-            except FloatingPointError as error:  # on all ranks alike
-                print0(f'{out}: {error}')
-        name = value if len(runs) == len(seeds) else f'{value} ({len(runs)} of {len(seeds)} runs)'
-        rows[name] = {}
-        for c in SCORES:
-            scores = [run_scores[c] for run_scores in runs if c in run_scores]
-            if scores:
-                spread = np.std(scores, ddof=1) if len(scores) > 1 else 0
-                rows[name][c] = f'{np.mean(scores):.3f} +-{spread:.3f}'
-    report(rows, f'{args.out}-{args.sweep}.txt')
+    fid.report(rows, f'{args.out}/best-of-{args.verifier}.txt')
 
 
 def main(argv=None):
@@ -879,9 +819,6 @@ def main(argv=None):
     try:
         if args.profile:
             edm_nets.profile(train, args)
-            return
-        if args.sweep:
-            sweep(args)
             return
         trained = train(args)
         if args.dataset == 'shapes' and (trained or not os.path.exists(f'{args.out}/summary.png')):

@@ -1,4 +1,4 @@
-"""Whole runs of distributional.py: what is frozen stays, resume, processes, projected heads, sweep, analyses, cost."""
+"""Whole runs of distributional.py: what is frozen stays, resume, processes, projected heads, analyses."""
 
 import hashlib
 import json
@@ -143,14 +143,6 @@ def test_projected_discriminator(common, tiny, runs):
     assert 'parts.vgg.embeddings.0.weight' in a['discriminator']
 
 
-def test_sweep(common, tmp_path, few_shapes):
-    done = run(*common, tmp_path / 'run', '--kimg', '0.064', '--eval-images', '40', '--sweep', 'freeze', '--seeds', '1')
-    assert done.returncode == 0, done.stderr
-    lines = (tmp_path / 'run-freeze.txt').read_text().splitlines()
-    assert [line.split()[:2] for line in lines[1:]] == [['freeze', '0'], ['freeze', '1']] and '+-' in lines[1]
-    assert {'run-freeze-0-seed1', 'run-freeze-1-seed1'} < set(os.listdir(tmp_path))
-
-
 def test_analyses(plain, common, few_shapes):
     more = ['--freeze', '1', '--features', 'pixels']
     done = run(*common, plain, *more, '--eval-images', '60', '--teacher-student-fd', '2', '3', '--activations')
@@ -161,17 +153,6 @@ def test_analyses(plain, common, few_shapes):
     assert all(float(value) > 0 for row in rows for value in row[3:]) and rows[0][3] != rows[1][3]
     picture = np.asarray(Image.open(plain / 'activations.png'))
     assert picture.shape[2] == 3 and len(np.unique(picture)) > 20
-
-
-def test_cost(common, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(distributional.cost, '__defaults__', (1,))  # every part once
-    for more in (['--backbones', 'unet'], tiny):
-        done = run(*common, tmp_path / 'none', '--cost', *more, '--batch', '1')
-        assert done.returncode == 0, done.stderr
-        shares = [float(line.split()[-1][:-1]) for line in done.stdout.splitlines() if line.endswith('%')]
-        assert sum(shares) == pytest.approx(100, abs=0.5) and len(shares) == (7 if more is tiny else 5)
-        assert (more is tiny) == ('contiguous, not channels_last' in done.stdout)
-    assert not (tmp_path / 'none').exists()
 
 
 def test_prepared_data_without_classes(unlabelled, tmp_path):

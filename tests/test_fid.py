@@ -1,8 +1,13 @@
 """The ruler against closed forms: distances of Gaussians, known coverage, one and several batches."""
 
+import json
+import os
+import re
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import fid
@@ -147,3 +152,28 @@ def test_reference_files(tmp_path, capsys):
         fid.Ruler(dataset, 'pixels', torch.device('cpu'), ref=tmp_path / 'cut.npz')
     again = fid.Ruler(dataset, 'pixels', torch.device('cpu'), ref=tmp_path / 'ref.npz')
     assert again.score(dataset.images, 300)['pixel-FD'] == pytest.approx(0, abs=1e-6)
+
+
+def test_tables_and_curves_of_runs(tmp_path, capsys):
+    """Seeds go together: their mean and sample standard deviation; a run that ended early is left out, and said so."""
+    for i, (name, kimg, scores) in enumerate((('a-seed0', 2, [8, 3]), ('a-seed1', 2, [8, 5]), ('a-seed0-nodes0', 2, [8, 2]),
+                               ('b-seed7', 1, [8, 1]))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'config.json').write_text(json.dumps(dict(kimg=2, trained_parameters=500_000)))
+        lines = [dict(kimg=k * kimg, seconds=1.5, mismatch=k - 0.3 * i, images=20, **{'pixel-FD': s})
+                 for k, s in enumerate(scores)]
+        (tmp_path / name / 'stats.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    runs = [f'{tmp_path}/{name}' for name in sorted(os.listdir(tmp_path))]
+    fid.main(['table', *runs])
+    rows = [re.split('  +', line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ['', 'pixel-FD', 'kimg', 'seconds', 'trained']
+    assert sorted(rows[1:]) == [['a', '4 ±1.4', '2', '3', '0.5'], ['a-nodes0', '2', '2', '3', '0.5'],
+                                ['b (0 of 1 runs)', '-', '-', '-', '-']]
+    fid.main(['plot', *runs, '--columns', 'pixel-FD', 'mismatch', '--out', f'{tmp_path}/curves.png'])
+    picture = np.asarray(Image.open(tmp_path / 'curves.png')).astype(int)
+    assert picture.shape == (500, 720, 3)
+    for color in ('#1f77b4', '#d62728', '#2ca02c'):  # three names: each has a line in each of the two panels
+        near = abs(picture - [int(color[i:i + 2], 16) for i in (1, 3, 5)]).sum(2) < 30
+        assert near[:250, 60:500].any() and near[250:, 60:500].any()
+    with pytest.raises(SystemExit, match='fid.py plot: no run has loss'):
+        fid.main(['plot', *runs, '--columns', 'loss', '--out', f'{tmp_path}/none.png'])
