@@ -48,15 +48,16 @@ import fid
 from edm_nets import atomic_save, mark
 
 # ----------------------------------------------------------------------------------------------------
-# Settings. The paper's EDM settings (its Appendix B) were not available to us. The rows of real data sets are those of
-# the distillers it builds on: batch, lr, sigma_init and EMA from SiD, the law of sigma and equal rates for both
-# networks from Diff-Instruct. The path has the form of the paper's SDXL script: degradation takes 1 % of the run, a
-# node as much; N = 4 is our choice. `shapes` was measured here, in so short a run that the path takes more of it: high
-# noise levels keep all colours alive (with Diff-Instruct's law each class ends up in one colour), and the rates fall
-# to zero over the last half.
+# Settings. Deviation: the paper's EDM settings (its Appendix B) were not available to us. The rows of real data sets
+# are those of the distillers it builds on: batch, lr, sigma_init and EMA from SiD, the law of sigma and equal rates for
+# both networks from Diff-Instruct. The path has the form of the paper's SDXL script: degradation takes 1 % of the run,
+# a node as much; N = 4 is our choice. `shapes` was measured here, in so short a run that the path takes more of it:
+# high noise levels keep all colours alive (with Diff-Instruct's law each class ends up in one colour), and the rate
+# falls to zero over the last half for the student alone: the fake score has to follow (with both falling, colours
+# drift: tv 0.13 in place of 0.09).
 
 PRESETS = {  # student_sigma and fake_sigma: mean and standard deviation of ln sigma in the two losses
-    'shapes':     dict(batch=32,   lr=5e-4, fake_lr=1e-3, fake_updates=2, sigma_init=2.5, student_sigma=(0.1, 1.6),
+    'shapes':     dict(batch=32,   lr=3e-4, fake_lr=1e-3, fake_updates=2, sigma_init=2.5, student_sigma=(0.1, 1.6),
                        fake_sigma=(-0.2, 1.8), ema_kimg=500,  decay=0.5, degrade_kimg=2,    node_kimg=1,
                        kimg=28,      eval_images=2_000,
                        snapshot_kimg=14, status_kimg=0.7),
@@ -156,9 +157,10 @@ def denoising_error(D_x, x_0, sigma):
 def student_loss(x_0, D_fake, D_target, form):
     """Score distillation (Eq. 8) -> scalar, whose gradient with respect to x_0 is that of the paper.
 
-    s_fake - s_target = (D_fake - D_target) / sigma^2. Eq. 8 as released leaves the weight w(sigma) open; it
-    is sigma^2 in Diff-Instruct (form 'di'); DMD divides also by the target's mean denoising distance ('dmd').
+    s_fake - s_target = (D_fake - D_target) / sigma^2. Eq. 8 leaves the weight w(sigma) open; it is sigma^2 in
+    Diff-Instruct (form 'di'); DMD divides also by the target's mean denoising distance ('dmd').
     The value is no measure of progress: only its gradient means something.
+    Deviation: the released code masks NaN in the gradient (nan_to_num); here a loss that is not finite stops the run.
     """
     gradient = D_fake - D_target
     if form == 'dmd':
@@ -172,7 +174,10 @@ def recording_steps(steps, nodes):
 
 
 def node_at(nimg, nodes, node_kimg):
-    """The target after `nimg` student images: node N-1, one less every node_kimg, node 0 (the teacher) to the end."""
+    """The target after `nimg` student images: node N-1, one less every node_kimg, node 0 (the teacher) to the end.
+
+    Deviation: the released loop advances once and never again, and its pseudocode (`idx // interval == 0`) every step.
+    """
     return max(nodes - 1 - int(nimg // (node_kimg * 1000)), 0)
 
 
@@ -444,7 +449,11 @@ def log_status(out, stats, nimg, total, seconds, images):
 
 
 def load_node(net, out, node):
-    """Load node `node` of the recorded path into `net`, in place and strictly. A missing key is an error."""
+    """Load node `node` of the recorded path into `net`, in place and strictly. A missing key is an error.
+
+    Deviation: the released script loads a whole guidance model with strict=False, of which no key matches: its target
+    stays the teacher.
+    """
     net.load_state_dict(edm_nets.load(f'{out}/path-{node:02d}.pt').state_dict(), strict=True)
 
 
@@ -485,8 +494,9 @@ def train(args):
     if args.eval_images:
         ruler = fid.Ruler(dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
 
-    # Networks. All stay in eval mode: no dropout, as in DMD2. The fake score is at first the copy that is degraded,
-    # then node N (without nodes still the teacher). The target's weights are swapped in place.
+    # Networks. All stay in eval mode: no dropout, as in DMD2 (Deviation: Diff-Instruct keeps it). The fake score is at
+    # first the copy that is degraded, then node N, as Alg. 2 has it (Deviation: the released code starts from DMD2's
+    # weights); without nodes it is the teacher. The target's weights are swapped in place.
     student, fake_score, target = (copy.deepcopy(teacher) for _ in range(3))
     student.sigma_init = args.sigma_init
     ema = copy.deepcopy(student)
@@ -527,7 +537,8 @@ def train(args):
             part.load_state_dict(state[name])
         print0(f'resuming {args.out} at {nimg / 1000:g} kimg, after {degraded / 1000:g} kimg of degradation')
     elif rank == 0:
-        edm_nets.save(f'{args.out}/path-00.pt', teacher, args.dataset, 0)  # node 0 is the untouched teacher
+        # Node 0 is the untouched teacher. Deviation: the released code never stores it, so its path ends before.
+        edm_nets.save(f'{args.out}/path-00.pt', teacher, args.dataset, 0)
     if rank == 0:
         start_log(args.out, state['log_bytes'] if state else 0, args, student_optimizer, fake_optimizer)
         if os.path.exists(f'{args.out}/summary.png'):
@@ -586,11 +597,9 @@ def train(args):
         z, labels, sigma, eps = draw(generator, *args.student_sigma)
         samples = []  # x_0 of each round
         fall = min((1 - nimg / total) / preset['decay'], 1) if preset['decay'] else 1
-        for optimizer, lr in ((student_optimizer, args.lr), (fake_optimizer, args.fake_lr)):
-            for group in optimizer.param_groups:
-                group['lr'] = lr * fall
+        student_optimizer.param_groups[0]['lr'] = args.lr * fall  # the fake score's stays: it has to follow
 
-        # Update the student (Alg. 2): from where its samples are, towards the target.
+        # The student's gradient (Alg. 2, Eq. 8): from where its samples are, towards the target.
         for p in fake_parameters:
             p.requires_grad_(False)  # the gradient of a GAN term passes through to x_t
         for i, rows in enumerate(rounds if not degrading else []):
@@ -625,8 +634,8 @@ def train(args):
             mark('moving average')
             update_ema(ema, student, nimg, args.batch, preset['ema_kimg'])
 
-        # Update the fake score (Eq. 5) on the same samples, further times on fresh ones; while degrading (Eq. 7), on
-        # those of the untouched student.
+        # Update the fake score (Eq. 5) on the same samples; Deviation: --fake-updates above 1 draw fresh ones for the
+        # rest, as in DMD2. While degrading (Eq. 7), on samples of the untouched student.
         for update in range(1 if degrading else args.fake_updates):
             mark('random numbers')
             if not samples or update:

@@ -58,10 +58,10 @@ import fid
 from edm_nets import atomic_save, mark
 
 # ----------------------------------------------------------------------------------------------------
-# Settings. Rows of real data sets: the authors' released commands (their tables could not be read), with two changes
-# of form. Their loss is summed over the images of a GPU while R1 is a mean, and Adam does not care for the scale of
-# the first; for means alike, gamma = 1e-4 / images per GPU on the four GPUs of those commands, 4e-4 / batch. And
-# --freeze is on where the paper's best figure has it: everywhere but on AFHQv2. --d-lr is before the correction for
+# Settings. Rows of real data sets: the authors' released commands (their tables could not be read), with two changes of
+# form. Deviation: their loss is summed over the images of a GPU while R1 is a mean, and Adam does not care for the
+# scale of the first; for means alike, gamma = 1e-4 / images per GPU on the four GPUs of those commands, 4e-4 / batch.
+# And --freeze is on where the paper's best figure has it: everywhere but on AFHQv2. --d-lr is before the correction for
 # lazy R1 (StyleGAN2). They stopped at the snapshot with the lowest FID, after 5 to 9 million images. No row was run.
 #
 # U-Nets in place of a row's own backbones get gamma 1, f-distill's on CIFAR-10 (on ImageNet it has none), and the d_lr
@@ -156,7 +156,10 @@ def parse_args(argv=None):
 
 
 def generator_loss(fake_logits):
-    """Non-saturating loss of the student, mean over patches and images, summed over backbones -> scalar."""
+    """Non-saturating loss of the student, mean over patches and images, summed over backbones -> scalar.
+
+    Deviation: the published loss is the sum over the images of a GPU, so that its gamma depends on the number of GPUs.
+    """
     return sum(F.softplus(-l).mean() for l in fake_logits)
 
 
@@ -433,7 +436,8 @@ class SumOverRanks(torch.autograd.Function):
 class GlobalBatchNorm(nn.Module):
     """Batch norm over the images of all ranks, for training only: [N, C, H, W] -> float32 [N, C, H, W].
 
-    torch's SyncBatchNorm needs CUDA, and cannot be differentiated twice, which R1 does. With gradient accumulation the
+    Deviation: in the published code every GPU has its own. torch's SyncBatchNorm needs CUDA, and cannot be
+    differentiated twice, which R1 does. With gradient accumulation the
     statistics are those of one round, on all ranks together.
     """
 
@@ -537,9 +541,9 @@ class OnUNet(nn.Module):
 class UNetHeads(OnUNet):
     """Heads on the encoder, one on the last map of every resolution.
 
-    DMD2's discriminator, but with heads on all resolutions instead of the deepest alone (f-distill: 32, 16, 8 on
-    CIFAR-10), and the encoder learns from the GAN loss, having no other. No normalisation in the heads: R1 needs the
-    size of the features, and images do not depend on one another.
+    Deviation: not in the papers. DMD2's discriminator, but with heads on all resolutions instead of the deepest alone
+    (f-distill: 32, 16, 8 on CIFAR-10), and the encoder learns from the GAN loss, having no other. No normalisation in
+    the heads: R1 needs the size of the features, and images do not depend on one another.
     """
 
     def __init__(self, teacher):
@@ -569,7 +573,8 @@ class UNetEnergy(OnUNet):
         l = sqrt(d) (a_1 [x F_x] + a_2 [F_x^2] + a_3 [x^2] + a_0),    [.] the mean of an image's d numbers, a = a(sigma)
 
     which contains -|x_t - D_x|^2, the usual way to make an energy out of a denoiser ("Should EBMs model the energy or
-    the score?", Salimans and Ho 2021). Not in the papers: heads on an encoder hardly see fine grain (README).
+    the score?", Salimans and Ho 2021). Deviation: not in the papers; heads on an encoder hardly see fine grain
+    (README).
     """
 
     def __init__(self, teacher):
@@ -616,8 +621,8 @@ def class_means(projection, dataset, per_class=50, batch=32):
     """Mean over images and pixels of the deepest features of the dataset's own classes -> float32 [label_dim, E].
 
     From about `per_class` images of each class, fewer where that would be more than 10,000; a class that is not among
-    them gets the mean of all. The published code starts the embeddings of every network from EfficientNet's means over
-    ImageNet (DeiT's too), and those of CIFAR-10's classes from its rows 0-9, fish and birds.
+    them gets the mean of all. Deviation: the published code starts the embeddings of every network from EfficientNet's
+    means over ImageNet (DeiT's too), and those of CIFAR-10's classes from its rows 0-9, fish and birds.
     """
     device = next(projection.parameters()).device
     indices, _ = data.batch_order(0, 0, min(per_class * dataset.label_dim, 10_000, len(dataset)), len(dataset))
@@ -1045,7 +1050,7 @@ def train(args):
         fall = min((1 - nimg / total) / preset['decay'], 1) if preset['decay'] else 1
         optimizer.param_groups[0]['lr'] = args.lr * fall  # the discriminator's stays: it has to follow
 
-        # Update the student. Not through the discriminator's DDP: its weights get no gradient here.
+        # The student's gradient. Not through the discriminator's DDP: its weights get none here.
         discriminator.requires_grad_(False)
         for i, rows in enumerate(rounds):
             discriminator.train(i == 0)  # the spectral norms iterate in the first round alone

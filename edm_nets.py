@@ -1276,7 +1276,7 @@ def parse_seeds(text):
 
 def sample(argv=None):
     p = argparse.ArgumentParser(prog='edm_nets.py sample', allow_abbrev=False)
-    p.add_argument('--net', required=True, help='path or URL of a teacher or a student')
+    p.add_argument('--net', nargs='+', required=True, help='paths or URLs of teachers or students')
     p.add_argument('--seeds', type=parse_seeds, default='0-63', help='one per image, e.g. 0-63 (%(default)s)')
     p.add_argument('--steps', type=int, help='Heun steps; 1: one step (default: 1 for a student, 18 for a teacher)')
     p.add_argument('--class', dest='class_idx', type=int, help='class of all images (default: drawn per image)')
@@ -1285,16 +1285,23 @@ def sample(argv=None):
     p.add_argument('--out', default='grid.png', help='(%(default)s)')
     args = p.parse_args(argv)
     check_numbers(p, args, positive='steps sigma_init', not_negative='churn class_idx')
-    net = load(args.net).to('cuda' if torch.cuda.is_available() else 'cpu')
-    net.sigma_init = args.sigma_init or net.sigma_init
-    steps = args.steps or (18 if net.sigma_init is None else 1)
-    if steps == 1 and net.sigma_init is None:
-        raise ValueError(f'{args.net} is no student: give --sigma-init, or more --steps')
-    if args.class_idx is not None and not 0 <= args.class_idx < net.label_dim:
-        raise ValueError(f'--class {args.class_idx}: {args.net} has {net.label_dim} classes')
-    images = generate(net, args.seeds, None if steps == 1 else steps, args.class_idx, S_churn=args.churn)
-    data.save_grid(images, args.out, scale=max(1, 32 // net.img_resolution))
-    print(f'{args.out}: {len(images)} images, {steps} step(s)')
+    panels = {}
+    for path in args.net:
+        net = load(path).to('cuda' if torch.cuda.is_available() else 'cpu')
+        net.sigma_init = args.sigma_init or net.sigma_init
+        steps = args.steps or (18 if net.sigma_init is None else 1)
+        if steps == 1 and net.sigma_init is None:
+            raise ValueError(f'{path} is no student: give --sigma-init, or more --steps')
+        if args.class_idx is not None and not 0 <= args.class_idx < net.label_dim:
+            raise ValueError(f'--class {args.class_idx}: {path} has {net.label_dim} classes')
+        images = generate(net, args.seeds, None if steps == 1 else steps, args.class_idx, S_churn=args.churn)
+        panels[f'{path}, {steps} step(s)'] = images
+    scale = max(1, 48 // net.img_resolution)
+    if len(panels) == 1:
+        data.save_grid(images, args.out, scale)
+    else:  # one below the other, from the same seeds
+        data.save_panels(panels, args.out, min(len(images), 18), scale)
+    print(f'{args.out}: {len(images)} images of ' + '; '.join(panels))
 
 
 def seconds_per_call(functions, device, repeat=10):

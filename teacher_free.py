@@ -49,11 +49,11 @@ import fid
 from edm_nets import atomic_save, mark
 
 # ----------------------------------------------------------------------------------------------------
-# Settings. The paper's own (its appendix) were not available to us: sigma_init, w, the law of sigma, rates and batches
-# are donors'. Rows of real data sets: batch, lr, sigma_init, EMA and the first 100 kimg without the student from SiD
-# and SiDA (more of them for imagenet64's batch); the ratio learns at four to five times the student's rate, as in
-# Score-of-Mixture Training; Diff-Instruct's law of sigma, a little wider for the ratio, so that the student never asks
-# where it was not taught. None of them was run.
+# Settings. Deviation: the paper's own (its appendix) were not available to us: sigma_init, w, the law of sigma, rates
+# and batches are donors'. Rows of real data sets: batch, lr, sigma_init, EMA and the first 100 kimg without the student
+# from SiD and SiDA (more of them for imagenet64's batch); the ratio learns at four to five times the student's rate, as
+# in Score-of-Mixture Training; Diff-Instruct's law of sigma, a little wider for the ratio, so that the student never
+# asks where it was not taught. None of them was run.
 # `shapes` was measured here by pixel-FD, one seed each, in runs of 12 to 16 kimg with --ratio-init teacher. What limits
 # is how well grad l is learned, so the ratio is given two updates and the student four draws of noise per sample, the
 # best at equal time; twice the student's rate, 5e-4 for the ratio, and ln sigma around -0.4 were worse.
@@ -140,10 +140,11 @@ def parse_args(argv=None):
 # ----------------------------------------------------------------------------------------------------
 # The method. Images and noise are float32 [N, C, H, W], sigma is [N, 1, 1, 1], l is [N], x_t = x_0 + sigma eps.
 
-LOGIT_CLAMP = 10  # of l inside h(r), which is unbounded for three of the divergences; SiDA clamps its logits alike
+LOGIT_CLAMP = 10  # Deviation: of l inside h(r), unbounded for three of the divergences; SiDA clamps its logits alike
 VERIFIER_SIGMAS = [0.2, 0.5, 1.0]  # of the verifier; the paper's are unknown. Smaller ones judge pixel noise alone
 WEIGHTS = {'1': 0, 'sigma': 1, 'sigma2': 2}  # w(sigma) = sigma^power; sigma2 is Diff-Instruct's weight
 DIVERGENCES = {  # h(r) = r^2 f''(r) as a function of l = log r; which members the paper has beyond two is unknown
+    # Deviation: DiJS is taken as the exact gradient of the divergence; the paper's may be the surrogate, `ns`.
     'js':        lambda l: torch.sigmoid(l) / 2,           # Jensen-Shannon, "DiJS": the saturating GAN loss
     'rkl':       lambda l: torch.ones_like(l),             # KL(p_student || p_data), "DiKL": Diff-Instruct's divergence
     'fkl':       lambda l: l.exp(),                        # KL(p_data || p_student)
@@ -186,8 +187,9 @@ class RatioNet(nn.Module):
         l = sqrt(d) (a_1 [x F_x] + a_2 [F_x^2] + a_3 [x^2] + a_0),    [.] the mean of an image's d numbers, a = a(sigma)
 
     which contains -|x_t - D_x|^2, the usual way to make an energy out of a denoiser ("Should EBMs model the energy or
-    the score?", Salimans and Ho 2021). kind 'encoder': the encoder half alone, with a convolutional head on the last
-    activation of every resolution, as FastGen's discriminators; DMD2's, on the deepest alone, was measured worse.
+    the score?", Salimans and Ho 2021). Deviation: the paper's network is not known; an encoder is likelier. kind
+    'encoder': the encoder half alone, with a convolutional head on the last activation of every resolution, as
+    FastGen's discriminators; DMD2's, on the deepest alone, was measured worse.
 
     Learned for 16 kimg against a frozen, half-trained student (shapes), grad l has a cosine with the difference of two
     fitted scores, at sigma 0.1 to 1, of 0.3 for `energy` and 0.1 for `encoder`, which hardly sees fine grain; of 0.6
@@ -711,7 +713,7 @@ def train(args):
             for group in optimizer.param_groups:
                 group['lr'] = lr * fall
 
-        # Update the student: up the gradient of the log ratio.
+        # The student's gradient: up that of the log ratio.
         ratio_net.requires_grad_(False)  # the gradient passes through to x_t
         for i, rows in enumerate(rounds if not warming else []):
             with sync_last(i, rounds, ddp_student):
@@ -735,7 +737,9 @@ def train(args):
             mark('moving average')
             update_ema(ema, student, nimg, args.batch, preset['ema_kimg'])
 
-        # Update the ratio on the same samples, further times on fresh ones; real images get the same noise.
+        # Update the ratio on the same samples, further times on fresh ones. Deviation, as the paper's form is not
+        # known: a generated image has the label, so that p(label) cancels, and the noise (as in SiDA) of the real one
+        # beside it.
         for (indices, flips), y in zip(order, labels):
             mark('random numbers')
             if not samples:
