@@ -58,7 +58,7 @@ from edm_nets import atomic_save, mark
 
 PRESETS = {  # student_sigma and fake_sigma: mean and standard deviation of ln sigma in the two losses
     'shapes':     dict(batch=32,   lr=3e-4, fake_lr=1e-3, fake_updates=2, sigma_init=2.5, student_sigma=(0.1, 1.6),
-                       fake_sigma=(-0.2, 1.8), ema_kimg=500,  decay=0.5, degrade_kimg=2,    node_kimg=1,
+                       fake_sigma=(-0.2, 1.8), ema_kimg=500,  decay=0.5, degrade_kimg=1,    node_kimg=0.25,
                        kimg=28,      eval_images=2_000,
                        snapshot_kimg=14, status_kimg=0.7),
     'cifar10':    dict(batch=256,  lr=1e-5, fake_lr=1e-5, fake_updates=1, sigma_init=2.5, student_sigma=(-1.2, 1.2),
@@ -132,17 +132,17 @@ def parse_args(argv=None):
 # The method. Images and noise are float32 [N, C, H, W], sigma is [N, 1, 1, 1], x_t = x_0 + sigma eps.
 
 
-def draw_noise(n, net, generator, P_mean, P_std):
-    """The random numbers of `n` images: latents z, labels, noise levels with ln sigma ~ N(P_mean, P_std^2), noise eps.
+def draw_latents(shape, classes, generator):
+    """Latents z, standard normal float32 of `shape` [N, C, R, R]; labels, uniform as in DMD2, one-hot [N, classes]."""
+    kwargs = dict(generator=generator, device=generator.device)
+    return torch.randn(shape, **kwargs), F.one_hot(torch.randint(classes, [shape[0]], **kwargs), classes)
 
-    z and eps float32 [n, C, R, R] standard normal, sigma float32 [n, 1, 1, 1]; labels one-hot [n, max(label_dim, 1)],
-    uniform over the classes as in DMD2, ignored by an unconditional net.
-    """
-    kwargs, classes = dict(generator=generator, device=generator.device), max(net.label_dim, 1)
-    z = torch.randn([n, net.img_channels, net.img_resolution, net.img_resolution], **kwargs)
-    labels = F.one_hot(torch.randint(classes, [n], **kwargs), classes)
-    sigma = (P_mean + P_std * torch.randn([n, 1, 1, 1], **kwargs)).exp()
-    return z, labels, sigma, torch.randn(z.shape, **kwargs)
+
+def draw_noise(shape, generator, P_mean, P_std):
+    """Noise levels, ln sigma ~ N(P_mean, P_std^2), float32 [N, 1, 1, 1]; standard normal eps, float32 of `shape`."""
+    kwargs = dict(generator=generator, device=generator.device)
+    sigma = (P_mean + P_std * torch.randn([shape[0], 1, 1, 1], **kwargs)).exp()
+    return sigma, torch.randn(shape, **kwargs)
 
 
 def denoising_error(D_x, x_0, sigma):
@@ -474,6 +474,8 @@ def train(args):
     config = {k: v for k, v in vars(args).items() if k in (
         'dataset', 'teacher', 'batch', 'lr', 'fake_lr', 'fake_updates', 'sigma_init', 'student_sigma', 'fake_sigma',
         'loss', 'data', 'features', 'nodes', 'degrade_kimg', 'node_kimg', 'gan_weight', 'seed', 'precision')}
+    if preset['decay']:
+        config['kimg'] = args.kimg  # the rate depends on it
     config = json.loads(json.dumps(config))  # lists for tuples, as they will be read back
     state, total = load_checkpoint(args.out, config), args.kimg * 1000
     if state and state['nimg'] >= total:
@@ -548,7 +550,8 @@ def train(args):
     if args.nodes and (args.nodes - 1) * args.node_kimg >= args.kimg:
         print0('warning: --kimg ends before the last target, the teacher: give fewer --nodes or a smaller --node-kimg')
 
-    draw = functools.partial(draw_noise, args.batch, teacher)  # for the global batch
+    shape = [args.batch, teacher.img_channels, teacher.img_resolution, teacher.img_resolution]  # of the global batch
+    classes = max(teacher.label_dim, 1)  # an unconditional network ignores its one label
     stop = Stop()
     means, tick_time, tick_seen = Means(), time.time(), degraded + nimg
     while True:
@@ -565,7 +568,8 @@ def train(args):
         stopping = stop()
         if seen != resumed and (snapshot or stopping or is_due(count, args.batch, args.status_kimg)):
             generator = data.step_generator(args.seed, seen, 2, device)
-            z, labels, sigma, eps = (part[rounds[0]] for part in draw(generator, *args.fake_sigma))
+            z, labels, sigma, eps = (part[rounds[0]] for part in (
+                *draw_latents(shape, classes, generator), *draw_noise(shape, generator, *args.fake_sigma)))
             with torch.no_grad(), autocast():
                 x_0 = edm_nets.one_step(student, z, labels, args.sigma_init)
                 # Mismatch: how much worse a target denoises the student's samples than the fake score, their own model.
@@ -594,14 +598,15 @@ def train(args):
         # Random numbers of this step, for the global batch; this rank takes its rows.
         mark('random numbers', first=True)
         generator = data.step_generator(args.seed, degraded if degrading else nimg, int(degrading), device)
-        z, labels, sigma, eps = draw(generator, *args.student_sigma)
+        z, labels = draw_latents(shape, classes, generator)
+        sigma, eps = draw_noise(shape, generator, *args.student_sigma)
         samples = []  # x_0 of each round
         fall = min((1 - nimg / total) / preset['decay'], 1) if preset['decay'] else 1
         student_optimizer.param_groups[0]['lr'] = args.lr * fall  # the fake score's stays: it has to follow
 
         # The student's gradient (Alg. 2, Eq. 8): from where its samples are, towards the target.
         for p in fake_parameters:
-            p.requires_grad_(False)  # the gradient of a GAN term passes through to x_t
+            p.requires_grad_(False)  # with --gan-weight, the gradient passes through to x_t
         for i, rows in enumerate(rounds if not degrading else []):
             with sync_last(i, rounds, ddp_student):
                 mark('student, forward')
@@ -609,7 +614,7 @@ def train(args):
                     x_0 = edm_nets.one_step(ddp_student, z[rows], labels[rows], args.sigma_init)
                 mark('scores')
                 x_t = x_0 + sigma[rows] * eps[rows]
-                with torch.set_grad_enabled(bool(discriminator)), autocast():
+                with torch.set_grad_enabled(bool(discriminator)), autocast():  # not DDP's: its weights get no gradient
                     D_fake, h = fake_score(x_t, sigma[rows], labels[rows], bottleneck=True)
                 D_fake = D_fake.detach()
                 with torch.no_grad(), autocast():
@@ -638,13 +643,14 @@ def train(args):
         # rest, as in DMD2. While degrading (Eq. 7), on samples of the untouched student.
         for update in range(1 if degrading else args.fake_updates):
             mark('random numbers')
-            if not samples or update:
-                z, labels, *_ = draw(generator, *args.fake_sigma)
+            if update:
+                z, labels = draw_latents(shape, classes, generator)
+            if update or degrading:
                 mark('fresh samples, forward')
                 with torch.no_grad(), autocast():
                     samples = [edm_nets.one_step(student, z[rows], labels[rows], args.sigma_init) for rows in rounds]
             mark('random numbers')
-            *_, sigma, eps = draw(generator, *args.fake_sigma)
+            sigma, eps = draw_noise(shape, generator, *args.fake_sigma)
             for i, (rows, x_0) in enumerate(zip(rounds, samples)):
                 with sync_last(i, rounds, ddp_fake, *([ddp_discriminator] if discriminator and not degrading else [])):
                     mark('fake score, forward')

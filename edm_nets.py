@@ -1141,6 +1141,8 @@ def train(args):
     config = {k: v for k, v in vars(args).items() if k in (
         'dataset', 'batch', 'lr', 'rampup_kimg', 'decay', 'dropout', 'cond', 'channels', 'channel_mult', 'blocks',
         'attention', 'sigma', 'seed', 'precision')}
+    if args.decay:
+        config['kimg'] = args.kimg  # the rate depends on it
     total, nimg, resumed = args.kimg * 1000, 0, 0 if args.profile else None  # a profile begins with no snapshot
     if state := load_checkpoint(args.out, config):
         nimg = resumed = state['nimg']

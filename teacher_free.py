@@ -611,7 +611,7 @@ def train(args):
         'student_sigma', 'ratio_sigma', 'divergence', 'weight', 'ratio_net', 'ratio_init', 'init', 'single_level',
         'features', 'seed', 'precision')}
     if preset['decay']:
-        config['kimg'] = args.kimg  # the rates depend on it
+        config['kimg'] = args.kimg  # the rate depends on it
     config = json.loads(json.dumps(config))  # lists for tuples, as they will be read back
     state, total = load_checkpoint(args.out, config), args.kimg * 1000
     if state and state['nimg'] >= total:

@@ -39,7 +39,7 @@ def teacher(folder):
 
 def test_the_run_folder(folder):
     assert {'config.json', 'stats.jsonl', 'latest.pt', 'previous.pt', 'student-000000.pt', 'grid-000000.png',
-            'summary.png', 'summary.txt', 'path-00.pt', 'path-01.pt', 'path-02.pt'} == set(os.listdir(folder / 'plain'))
+            'summary.png', 'path-00.pt', 'path-01.pt', 'path-02.pt'} == set(os.listdir(folder / 'plain'))
     content = torch.load(folder / 'plain' / 'student-000000.pt', weights_only=True)
     assert content['kimg'] == 0.64 and content['dataset'] == 'shapes' and content['sigma_init'] == 2.5
     assert edm_nets.load(folder / 'plain' / 'student-000000.pt').sigma_init == 2.5
