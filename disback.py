@@ -16,9 +16,9 @@ aims at nearer targets first:
     s_theta                  teacher         N, i            nodes, node
     s_phi                    fake_score      s = (D_x - x_t) / sigma^2, D_x the networks' output
 
-    python disback.py                                             # shapes, minutes on a CPU, nothing downloaded
-    python disback.py --dataset cifar10                           # one GPU, the official EDM teacher
-    torchrun --nproc_per_node=8 disback.py --dataset imagenet64   # eight GPUs
+    python disback.py                                                            # shapes, minutes on a CPU
+    python disback.py --dataset cifar10                                          # one GPU, the official EDM teacher
+    torchrun --nproc_per_node=8 disback.py --dataset imagenet64 --batch-gpu 64   # eight GPUs
 
 Status: measured on shapes and on CIFAR-10 shrunk to 16 pixels (README). The paper's ImageNet-64 FID, 1.38: not run.
 """
@@ -79,7 +79,8 @@ PRESETS = {  # student_sigma and fake_sigma: mean and standard deviation of ln s
                        snapshot_kimg=4000, status_kimg=50),
 }
 sigma_data = 0.5
-DISCRIMINATOR_WEIGHT = 1e-2  # of the GAN term in the fake score's loss: DMD2, ImageNet-64
+# Deviation: the released scripts have a GAN term on. Here it is off, as Alg. 2 has none: --gan-weight 3e-3 is DMD2's.
+DISCRIMINATOR_WEIGHT = 1e-2  # of the discriminator in the fake score's loss: DMD2, ImageNet-64
 
 
 def parse_args(argv=None):
@@ -447,6 +448,9 @@ def log_status(out, stats, nimg, total, seconds, images):
         with open(f'{out}/stats.jsonl', 'a') as f:
             f.write(json.dumps(stats) + '\n')
 
+# ----------------------------------------------------------------------------------------------------
+# Training.
+
 
 def load_node(net, out, node):
     """Load node `node` of the recorded path into `net`, in place and strictly. A missing key is an error.
@@ -556,7 +560,7 @@ def train(args):
     means, tick_time, tick_seen = Means(), time.time(), degraded + nimg
     while True:
         # The target of the moment.
-        seen, degrading, done = degraded + nimg, degraded < degrade_total, nimg >= total
+        seen, degrading, done = degraded + nimg, degraded < degrade_total, nimg >= total  # seen: in both stages
         aim = 0 if degrading else node_at(nimg, args.nodes, args.node_kimg)
         if node != aim:
             load_node(target, args.out, aim)

@@ -19,7 +19,7 @@ with `energy`, all of its U-Net.
     python distributional.py                                           # shapes, minutes on a CPU, nothing downloaded
     python distributional.py --dataset cifar10                         # one GPU, starts from the official EDM weights
     torchrun --nproc_per_node=8 distributional.py --dataset imagenet64 --batch-gpu 32   # eight GPUs
-    python distributional.py --teacher-student-fd 2 4 6 8 10           # then: both near the data, and far apart?
+    python distributional.py --teacher-student-fd 4 6 8 10 18          # then: distances of teacher, student and data
     python distributional.py --activations                             # then: which layer works at which sigma
 
 Status: measured on shapes and on a small CIFAR-10 (README). The paper's one-step FIDs (GDD-I: CIFAR-10 1.54, FFHQ 0.85,
@@ -574,7 +574,7 @@ class UNetEnergy(OnUNet):
 
     which contains -|x_t - D_x|^2, the usual way to make an energy out of a denoiser ("Should EBMs model the energy or
     the score?", Salimans and Ho 2021). Deviation: not in the papers; heads on an encoder hardly see fine grain
-    (README).
+    (RatioNet in teacher_free.py).
     """
 
     def __init__(self, teacher):
@@ -933,6 +933,9 @@ def log_status(out, stats, nimg, total, seconds, images):
         with open(f'{out}/stats.jsonl', 'a') as f:
             f.write(json.dumps(stats) + '\n')
 
+# ----------------------------------------------------------------------------------------------------
+# Training.
+
 
 def train(args):
     """The run, from wherever its folder stands to --kimg. Returns False if there was nothing left to do."""
@@ -1044,7 +1047,7 @@ def train(args):
         generator = data.step_generator(args.seed, nimg, 0, device)
         z_student, z_discriminator = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
         student_noise, d_noise = (draw_noise(shape, generator, *args.noise) for _ in range(2))  # (sigma, eps) each
-        indices, _ = data.batch_order(args.seed, nimg, args.batch, len(dataset))  # never mirrored
+        indices, _ = data.batch_order(args.seed, nimg, args.batch, len(dataset))  # never mirrored, as published
         labels = data.to_device(dataset.labels(indices), device) if classes else no_labels
         one_hot = F.one_hot(labels, max(classes, 1))
         fall = min((1 - nimg / total) / preset['decay'], 1) if preset['decay'] else 1
@@ -1060,7 +1063,7 @@ def train(args):
                     fake = edm_nets.one_step(ddp_student, z_student[rows], one_hot[rows], args.sigma_init)
                     mark('student: discriminator, forward')
                     view = look(fake, projections, [part[rows] for part in student_noise])
-                    fake_logits, = discriminator(view, labels=labels[rows])
+                    [fake_logits] = discriminator(view, labels=labels[rows])
                 loss = generator_loss(fake_logits)
                 mark('student: all backward')
                 (loss / len(rounds)).backward()
@@ -1104,7 +1107,7 @@ def train(args):
                     real = reals[i].requires_grad_(True)
                     with autocast(), sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
                         view = look(real, projections, [part[rows] for part in d_noise])
-                        real_logits, = ddp_discriminator(view, labels=labels[rows])
+                        [real_logits] = ddp_discriminator(view, labels=labels[rows])
                     penalty = r1_penalty(real_logits, real)
                     loss = args.r1_interval * args.r1_gamma / 2 * penalty
                     loss = loss + 0 * mean_of(real_logits)  # R1 does not see the last biases; DDP wants all weights

@@ -6,10 +6,10 @@ teacher's score is never evaluated: the teacher gives its weights, as a start, a
 
 Score distillation moves a student G by the difference of two learned scores, each with its own error. Here one
 classifier, told the noise level, learns the log density ratio whose gradient is that difference:
-  1. Ratio (N_clf times): on real and generated images with equal noise, balanced cross-entropy on the logit l.
+  1. Ratio (--ratio-updates times): balanced cross-entropy on its logit l, of real and generated images at equal noise.
      At its optimum l(x_t, sigma) = log p_data(x_t) / p_student(x_t).
   2. Student: with r = e^l, every f-divergence D_f = E_student[f(r)] of the noised distributions has the gradient
-     E[ -h(r) grad l(x_t) dx_t/dtheta ], h(r) = r^2 f''(r). `js` is the paper's DiJS read literally, `rkl` its DiKL.
+     E[ -h(r) grad l(x_t) dx_t/dtheta ], h(r) = r^2 f''(r). `js` is the paper's DiJS, `rkl` its DiKL.
 
     paper                    here                 paper            here
     G_theta(z)               student              x_t              x_0 + sigma eps
@@ -54,9 +54,10 @@ from edm_nets import atomic_save, mark
 # from SiD and SiDA (more of them for imagenet64's batch); the ratio learns at four to five times the student's rate, as
 # in Score-of-Mixture Training; Diff-Instruct's law of sigma, a little wider for the ratio, so that the student never
 # asks where it was not taught. None of them was run.
-# `shapes` was measured here by pixel-FD, one seed each, in runs of 12 to 16 kimg with --ratio-init teacher. What limits
-# is how well grad l is learned, so the ratio is given two updates and the student four draws of noise per sample, the
-# best at equal time; twice the student's rate, 5e-4 for the ratio, and ln sigma around -0.4 were worse.
+# `shapes` was measured here by pixel-FD, one seed each, in runs of 12 to 16 kimg with --ratio-init teacher (the default
+# came later). What limits is how well grad l is learned, so the ratio is given two updates and the student four draws
+# of noise per sample, the best at equal time; twice the student's rate, 5e-4 for the ratio, and ln sigma around -0.4
+# were worse.
 
 PRESETS = {  # student_sigma and ratio_sigma: mean and standard deviation of ln sigma in the two losses
     'shapes':     dict(batch=32,   lr=1e-4, ratio_lr=3e-4, ratio_updates=2, draws=4, sigma_init=2.5,
@@ -143,14 +144,15 @@ def parse_args(argv=None):
 LOGIT_CLAMP = 10  # Deviation: of l inside h(r), unbounded for three of the divergences; SiDA clamps its logits alike
 VERIFIER_SIGMAS = [0.2, 0.5, 1.0]  # of the verifier; the paper's are unknown. Smaller ones judge pixel noise alone
 WEIGHTS = {'1': 0, 'sigma': 1, 'sigma2': 2}  # w(sigma) = sigma^power; sigma2 is Diff-Instruct's weight
-DIVERGENCES = {  # h(r) = r^2 f''(r) as a function of l = log r; which members the paper has beyond two is unknown
-    # Deviation: DiJS is taken as the exact gradient of the divergence; the paper's may be the surrogate, `ns`.
-    'js':        lambda l: torch.sigmoid(l) / 2,           # Jensen-Shannon, "DiJS": the saturating GAN loss
-    'rkl':       lambda l: torch.ones_like(l),             # KL(p_student || p_data), "DiKL": Diff-Instruct's divergence
-    'fkl':       lambda l: l.exp(),                        # KL(p_data || p_student)
-    'hellinger': lambda l: (l / 2).exp() / 4,              # squared Hellinger distance, (1/2) int (sqrt p - sqrt q)^2
-    'jeffreys':  lambda l: 1 + l.exp(),                    # KL + KL
-    'ns':        lambda l: torch.sigmoid(-l),              # 2 KL(mean of both || p_data): the non-saturating GAN loss
+# h(r) = r^2 f''(r) as a function of l = log r, then f. Which members the paper has beyond two is not known to us.
+# Deviation: DiJS is taken as the exact gradient of the divergence; the paper's may be a surrogate (`ns`).
+DIVERGENCES = {
+    'js':        lambda l: torch.sigmoid(l) / 2,  # (r ln r - (1 + r) ln((1 + r) / 2)) / 2: Jensen-Shannon, "DiJS"
+    'rkl':       lambda l: torch.ones_like(l),    # -ln r: KL(p_student || p_data), "DiKL", as Diff-Instruct
+    'fkl':       lambda l: l.exp(),               # r ln r: KL(p_data || p_student)
+    'hellinger': lambda l: (l / 2).exp() / 4,     # (sqrt r - 1)^2 / 2: squared Hellinger distance
+    'jeffreys':  lambda l: 1 + l.exp(),           # (r - 1) ln r: both KL
+    'ns':        lambda l: torch.sigmoid(-l),     # (1 + r) ln((1 + r) / 2r): 2 KL(mean of both || p_data), GDD's loss
 }
 INITS, RATIO_NETS = ['teacher', 'random', 'single-level', 'features'], ['energy', 'encoder', 'lightweight']
 
@@ -571,6 +573,9 @@ def log_status(out, stats, nimg, total, seconds, images):
         with open(f'{out}/stats.jsonl', 'a') as f:
             f.write(json.dumps(stats) + '\n')
 
+# ----------------------------------------------------------------------------------------------------
+# Training.
+
 
 def initial_student(args, teacher):
     """The student before training, by --init: the paper's study of what the teacher's weights are good for.
@@ -640,6 +645,7 @@ def train(args):
     wrap = functools.partial(DDP, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
     ddp_student, ddp_ratio = wrap(student), wrap(ratio_net)
     a, b = (sum(p.numel() for p in net.parameters()) / 1e6 for net in (student, ratio_net))
+    # Bytes per parameter, float32: weights, gradient, two moments of Adam; for the student also the EMA.
     print0(f'teacher-free: {a:.2f} M parameters in the student, {b:.2f} M in the ratio network; {20 * a + 16 * b:.0f} '
            f'MB with EMA, gradients, Adam (score distillation: {40 * a:.0f}); {world_size} process(es), {device}')
 
@@ -713,7 +719,7 @@ def train(args):
             for group in optimizer.param_groups:
                 group['lr'] = lr * fall
 
-        # The student's gradient: up that of the log ratio.
+        # The student's gradient: it climbs the log ratio.
         ratio_net.requires_grad_(False)  # the gradient passes through to x_t
         for i, rows in enumerate(rounds if not warming else []):
             with sync_last(i, rounds, ddp_student):
