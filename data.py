@@ -107,8 +107,8 @@ COLORS = ['#1f77b4', '#d62728', '#2ca02c', '#9467bd', '#ff7f0e', '#17becf', '#8c
 def save_curves(panels, path, width=720, height=250):
     """Panels of curves below one another: {title: {name: [[(x, y), ...] of each run, ...]}} -> one PNG.
 
-    A thin line is a run, the bold one the mean of those runs that have the same x; y is logarithmic where all are
-    above 0. Drawn at twice the size and shrunk, which smooths the lines.
+    A thin line is a run, the bold one their mean, where all have the same x; y is logarithmic where all are above 0.
+    Drawn at twice the size and shrunk, which smooths the lines.
     """
     scale, left, right, top, bottom = 2, 60, 170, 24, 24
     font = ImageFont.load_default(12 * scale)
@@ -138,7 +138,7 @@ def save_curves(panels, path, width=720, height=250):
         low, high = (np.exp([y_0, y_1]) if log else (y_0, y_1))
         for y in ticks(low, high, log):
             draw.line([place(x_0, y), place(x_1, y)], fill='#e0e0e0', width=scale)
-            draw.text((left * scale - 8, place(x_0, y)[1]), f'{y:g}', fill='black', font=font, anchor='rm')
+            draw.text((left * scale - 8, place(x_0, y)[1]), f'{y + 0:g}', fill='black', font=font, anchor='rm')
         for x in ticks(x_0, x_1, False):
             draw.text((place(x, np.exp(y_0) if log else y_0)[0], (panel + 1) * height * scale - 4), f'{x:g}',
                       fill='black', font=font, anchor='md')
@@ -166,7 +166,7 @@ def epoch_order(seed, epoch, size):
 def batch_order(seed, nimg, count, size):
     """Images `nimg` ... `nimg + count - 1` of a run over a dataset of `size` images.
 
-    Image number `nimg` of the run is `epoch_order(seed, epoch)[k]` with `epoch, k = divmod(nimg, size)`.
+    Image number `nimg` of the run is place k of `epoch_order(seed, epoch)`, with `epoch, k = divmod(nimg, size)`.
     Returns (indices int64 [count], flips bool [count]): whether to mirror is decided by the same numbers.
     """
     epochs, places = np.divmod(np.arange(nimg, nimg + count), size)
@@ -279,8 +279,8 @@ class Shapes:
     def read_back(cls, images, tolerance=0.35):
         """Recover what is drawn: uint8 [n, 3, 16, 16] -> kind int64 [n], colour int64 [n], valid bool [n].
 
-        The nearest of 8,000 clean drawings wins; an image further from it than `tolerance`
-        of its own contrast (root mean square) is no shape at all: not valid.
+        The nearest of 8,092 clean masks, each in six colours, wins; an image further from it than `tolerance` times the
+        drawing's contrast (root mean square) is no shape at all: not valid.
         """
         masks, kinds = _shape_templates()
         light = (images.float() - cls.ground).flatten(2)  # [n, 3, 256]
@@ -386,7 +386,7 @@ def cache_path(url):
     return Path(folder) / f'{hashlib.md5(url.encode()).hexdigest()[:8]}-{url.rsplit("/", 1)[-1]}'
 
 # ----------------------------------------------------------------------------------------------------
-# Preparation. A reader returns (count, iterator of (name, image or uint8 [H, W, 3], label or None)).
+# Preparation. A reader -> (count, iterator of (name, image or uint8 [H, W, 3], label or None)). Raises ValueError.
 
 
 class CifarUnpickler(pickle.Unpickler):

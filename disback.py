@@ -9,7 +9,7 @@ aims at nearer targets first:
   1. Degradation recording (Alg. 1): fine-tune a copy of the teacher on the samples of the untouched student and
      keep N + 1 nodes on the way: node 0 is the teacher, node N models the student's initial distribution.
   2. Distribution backtracking (Alg. 2): distil from node N-1, then N-2, ..., at last node 0; node N is where
-     the fake score starts. `--nodes 0` is plain score distillation (Diff-Instruct, or DMD without its GAN).
+     the fake score starts. `--nodes 0` is plain score distillation (Diff-Instruct, or DMD2 without its GAN).
 
     paper                    here            paper           here
     G_stu(z; eta)            student         s'_theta_i      target, a node of the path
@@ -151,15 +151,15 @@ def denoising_error(D_x, x_0, sigma):
 
     s - (x_0 - x_t) / sigma^2 = (D_x - x_0) / sigma^2, so matching the score is denoising, up to the weight.
     """
-    weight = (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2
+    weight = (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2  # EDM Table 1, lambda(sigma)
     return (weight * (D_x - x_0) ** 2).sum([1, 2, 3])
 
 
 def student_loss(x_0, D_fake, D_target, form):
-    """Score distillation (Eq. 8) -> scalar, whose gradient with respect to x_0 is that of the paper.
+    """Score distillation (Eq. 8) -> scalar, whose gradient with respect to x_0 [N, C, H, W] is Eq. 8's, weighted.
 
-    s_fake - s_target = (D_fake - D_target) / sigma^2. Eq. 8 leaves the weight w(sigma) open; it is sigma^2 in
-    Diff-Instruct (form 'di'); DMD divides also by the target's mean denoising distance ('dmd').
+    s_fake - s_target = (D_fake - D_target) / sigma^2. The released Eq. 8 shows no weight w(sigma); it is sigma^2 in
+    Diff-Instruct (form 'di'); DMD divides also by each image's mean |x_0 - D_target| ('dmd').
     The value is no measure of progress: only its gradient means something.
     Deviation: the released code masks NaN in the gradient (nan_to_num); here a loss that is not finite stops the run.
     """
@@ -177,7 +177,8 @@ def recording_steps(steps, nodes):
 def node_at(nimg, nodes, node_kimg):
     """The target after `nimg` student images: node N-1, one less every node_kimg, node 0 (the teacher) to the end.
 
-    Deviation: the released loop advances once and never again, and its pseudocode (`idx // interval == 0`) every step.
+    Deviation: the released loop advances once and never again; its pseudocode (`idx // interval == 0`) at every step
+    of the first interval, then never.
     """
     return max(nodes - 1 - int(nimg // (node_kimg * 1000)), 0)
 
@@ -221,7 +222,7 @@ def setup():
 
 
 def rank_slices(batch, batch_gpu):
-    """This rank's rows of the global batch: one slice for each round of gradient accumulation."""
+    """This rank's rows of the global batch: one slice for each round of gradient accumulation. Raises ValueError."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     share = batch // world_size
     size = batch_gpu or share
@@ -239,18 +240,8 @@ def sync_last(i, rounds, *ddps):
 
 
 def make_autocast(precision, device):
-    """A context for the networks: bf16 autocast (no gradient scaling needed), or nothing for fp32."""
+    """The autocast of the networks, to be called for a context: bf16 (no gradient scaling needed), or off for fp32."""
     return functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == 'bf16')
-
-
-def rank0_first(function, *args):
-    """function(*args) on rank 0, then on the others, which find in place what it fetched or prepared."""
-    if dist.get_rank() > 0:
-        dist.barrier()
-    result = function(*args)
-    if dist.get_rank() == 0:
-        dist.barrier()
-    return result
 
 
 def check_numbers(parser, args, positive, not_negative):
@@ -465,7 +456,7 @@ def train(args):
     """Both stages, from wherever the run folder stands to --kimg. Returns False if there was nothing left to do."""
     preset = PRESETS[args.dataset]
 
-    # Initialize. Every random number of the training comes from data.step_generator.
+    # Initialize. Every random number of the training comes from data.step_generator and batch_order.
     rank, world_size, device = setup()
     rounds = rank_slices(args.batch, args.batch_gpu)
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
@@ -576,7 +567,8 @@ def train(args):
                 *draw_latents(shape, classes, generator), *draw_noise(shape, generator, *args.fake_sigma)))
             with torch.no_grad(), autocast():
                 x_0 = edm_nets.one_step(student, z, labels, args.sigma_init)
-                # Mismatch: how much worse a target denoises the student's samples than the fake score, their own model.
+                # Mismatch (our definition, the paper's is not known): how much worse a target denoises the student's
+                # samples than the fake score, their own model.
                 fake_error, *errors = (
                     denoising_error(net(x_0 + sigma * eps, sigma, labels), x_0, sigma).mean()
                     for net in (fake_score, target, teacher))

@@ -156,7 +156,7 @@ def parse_args(argv=None):
 
 
 def generator_loss(fake_logits):
-    """Non-saturating loss of the student, mean over patches and images, summed over backbones -> scalar.
+    """Non-saturating GAN loss (Goodfellow et al. 2014), mean over patches and images, summed over backbones -> scalar.
 
     Deviation: the published loss is the sum over the images of a GPU, so that its gamma depends on the number of GPUs.
     """
@@ -169,7 +169,8 @@ def discriminator_loss(real_logits, fake_logits):
 
 
 def r1_penalty(real_logits, real):
-    """|grad_x of the sum of all logits|^2, mean over images -> scalar; the loss is gamma / 2 times it.
+    """R1 (Mescheder et al. 2018): |grad_x of the sum of all logits|^2, mean over images -> scalar; the loss is
+    gamma / 2 times it.
 
     `real` [N, C, R, R] requires a gradient. The sum runs over patches and backbones, as published. The logits must have
     been computed under sdpa_kernel(SDPBackend.MATH): fused attention has no second derivative.
@@ -473,7 +474,7 @@ def projected_head(c, size, out):
 
 
 class ProjectedHeads(nn.Module):
-    """The four heads on a Projection, 10.3 M parameters; with classes, the projection discriminator of Miyato 2018.
+    """The four heads on a Projection, 10.3 M parameters without classes; with, Miyato 2018's projection discriminator.
 
     class_means [label_dim, E]: what the class embeddings, one per head and trained, start from.
     """
@@ -495,7 +496,7 @@ class ProjectedHeads(nn.Module):
         """view: the four maps of a Projection; labels int64 [N] -> logits float32 [N, J]; J = 64, for VGG 484."""
         logits = []
         for i, (head, h) in enumerate(zip(self.heads, view)):
-            h = head(h).to(torch.float32).flatten(2)  # [N, 1 or 64, 16]
+            h = head(h).to(torch.float32).flatten(2)  # [N, 1 or 64, 16; VGG: 121]
             if hasattr(self, 'maps'):
                 layer, embedding = self.maps[i], self.embeddings[i](labels)
                 c_map = F.linear(embedding, layer.weight / layer.in_features ** 0.5, layer.bias)  # [N, 64]
@@ -535,7 +536,7 @@ class OnUNet(nn.Module):
         one-hot labels or None."""
         x_t, sigma = view
         one_hot = F.one_hot(labels, self.label_dim).to(torch.float32) if self.label_dim else None
-        return x_t / (self.sigma_data ** 2 + sigma ** 2).sqrt(), sigma.flatten().log() / 4, one_hot
+        return x_t / (self.sigma_data ** 2 + sigma ** 2).sqrt(), sigma.flatten().log() / 4, one_hot  # EDM Table 1
 
 
 class UNetHeads(OnUNet):
@@ -706,7 +707,7 @@ def setup():
 
 
 def rank_slices(batch, batch_gpu):
-    """This rank's rows of the global batch: one slice for each round of gradient accumulation."""
+    """This rank's rows of the global batch: one slice for each round of gradient accumulation. Raises ValueError."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     share = batch // world_size
     size = batch_gpu or share
@@ -724,7 +725,7 @@ def sync_last(i, rounds, *ddps):
 
 
 def make_autocast(precision, device):
-    """A context for the networks: bf16 autocast (no gradient scaling needed), or nothing for fp32."""
+    """The autocast of the networks, to be called for a context: bf16 (no gradient scaling needed), or off for fp32."""
     return functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == 'bf16')
 
 
@@ -941,7 +942,7 @@ def train(args):
     """The run, from wherever its folder stands to --kimg. Returns False if there was nothing left to do."""
     preset = PRESETS[args.dataset]
 
-    # Initialize. Every random number of the training comes from data.step_generator.
+    # Initialize. Every random number of the training comes from data.step_generator and batch_order.
     rank, world_size, device = setup()
     rounds = rank_slices(args.batch, args.batch_gpu)
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
@@ -969,7 +970,8 @@ def train(args):
     ruler = args.eval_images and fid.Ruler(
         dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
 
-    # Networks. The student stays in eval mode: no dropout. The teacher gives its weights and goes.
+    # Networks. The student stays in eval mode: no dropout. The teacher gives its weights and goes. Deviation: EDM's
+    # preconditioning, without the published eps shift; the same to 1e-4 at sigma 80.
     torch.manual_seed(args.seed)
     discriminator, projections = make_discriminator(args, teacher, dataset, device)
     student = edm_nets.EDMPrecond(**teacher.kwargs).eval()
@@ -1126,8 +1128,7 @@ def train(args):
 
 def best_snapshot(out):
     """(path, scores) of the snapshot closest to the data. The authors stopped there, and report its score."""
-    with open(f'{out}/stats.jsonl') as f:
-        lines = [stats for stats in map(json.loads, f) if 'images' in stats and stats['kimg']]
+    lines = [stats for stats in fid.read_stats(out) if 'images' in stats and stats['kimg']]
     latest = {int(stats['kimg']): stats for stats in lines}  # a file is named by whole kimg: the last one has it
     scores = min(latest.values(), key=lambda stats: stats.get('FID', stats.get('pixel-FD')))
     return f'{out}/student-{int(scores["kimg"]):06d}.pt', scores

@@ -378,7 +378,8 @@ class EDMPrecond(nn.Module):
     def forward(self, x, sigma, class_labels=None, augment_labels=None, bottleneck=False):
         """x [N, C, R, R], sigma [], [N] or [N, 1, 1, 1], one-hot class_labels [N, label_dim] -> D_x float32, like x.
 
-        No class_labels means the zero vector. With `bottleneck`, returns (D_x, deepest encoder activation).
+        No class_labels means the zero vector; augment_labels float [N, augment_dim]. With `bottleneck`, returns (D_x,
+        deepest encoder activation).
         """
         x, sigma = x.to(torch.float32), torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
         sigma = sigma.reshape(-1, 1, 1, 1)
@@ -392,7 +393,7 @@ class EDMPrecond(nn.Module):
         c_skip = self.sigma_data ** 2 / (sigma ** 2 + self.sigma_data ** 2)
         c_out = sigma * self.sigma_data / (sigma ** 2 + self.sigma_data ** 2).sqrt()
         c_in = 1 / (self.sigma_data ** 2 + sigma ** 2).sqrt()
-        c_noise = sigma.log() / 4
+        c_noise = sigma.log() / 4  # Table 1, these four
         skips, emb = self.model.encode(c_in * x, c_noise.flatten(), class_labels, augment_labels)
         F_x = self.model.decode(skips, emb)
         D_x = c_skip * x + c_out * F_x.to(torch.float32)
@@ -524,7 +525,8 @@ class RecordedDtype:
 
 
 class OfficialUnpickler(pickle._Unpickler):
-    """The pure-Python unpickler (its memo cannot be blown up), restricted to the names below, all our own."""
+    """The pure-Python unpickler (its memo cannot be blown up), restricted to the names below: stand-ins of our
+    own and plain containers. Raises ValueError for any other."""
 
     def find_class(self, module, name):
         module = module.replace('numpy._core', 'numpy.core')
@@ -591,7 +593,7 @@ def read_official_pickle(path):
 
 def heun(net, z, class_labels=None, num_steps=18, sigma_min=0.002, sigma_max=80, rho=7, S_churn=0, S_min=0,
          S_max=float('inf'), S_noise=1, randn_like=torch.randn_like):
-    """EDM Algorithm 2, in float64 around the float32 network.
+    """EDM Algorithm 2 (Algorithm 1 where S_churn is 0), in float64 around the float32 network.
 
     z float [N, C, R, R] standard normal, class_labels one-hot [N, label_dim] or None -> float64 [N, C, R, R], about
     [-1, 1]. 2 num_steps - 1 network calls. `randn_like(x)` supplies the churn noise, e.g. ImageSeeds.randn_like.
@@ -621,7 +623,8 @@ def heun(net, z, class_labels=None, num_steps=18, sigma_min=0.002, sigma_max=80,
 
 
 def one_step(student, z, class_labels, sigma_init):
-    """The student's sampler: x_0 = G(sigma_init z; sigma_init). z float [N, C, R, R] -> float32 [N, C, R, R]."""
+    """The student's sampler: x_0 = G(sigma_init z; sigma_init), not clipped. z float [N, C, R, R], one-hot class_labels
+    [N, label_dim] or None -> float32 [N, C, R, R]."""
     return student(sigma_init * z, torch.full([], sigma_init, device=z.device), class_labels)
 
 
@@ -687,7 +690,7 @@ def setup():
 
 
 def rank_slices(batch, batch_gpu):
-    """This rank's rows of the global batch: one slice for each round of gradient accumulation."""
+    """This rank's rows of the global batch: one slice for each round of gradient accumulation. Raises ValueError."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     share = batch // world_size
     size = batch_gpu or share
@@ -705,7 +708,7 @@ def sync_last(i, rounds, *ddps):
 
 
 def make_autocast(precision, device):
-    """A context for the networks: bf16 autocast (no gradient scaling needed), or nothing for fp32."""
+    """The autocast of the networks, to be called for a context: bf16 (no gradient scaling needed), or off for fp32."""
     return functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == 'bf16')
 
 
@@ -987,7 +990,7 @@ class Profile:
 
 
 def profile(train, args):
-    """--profile N: where a step of train(args) spends its time. Writes nothing but OUT-trace.json.gz. Collective."""
+    """--profile N: where a step of train(args) spends its time. Of the run only OUT-trace.json.gz stays. Collective."""
     rank, world_size, device = setup()
     trace = f'{args.out}-trace.json.gz'
     Profile.running = this = Profile(args.profile, device)
@@ -1111,7 +1114,7 @@ def train(args):
     """From wherever the run folder stands to --kimg."""
     preset = PRESETS[args.dataset]
 
-    # Initialize. Weights from --seed; everything random later comes from data.step_generator.
+    # Initialize. Weights from --seed; all later from data.step_generator and batch_order, but for dropout's masks.
     rank, world_size, device = setup()
     rounds = rank_slices(args.batch, args.batch_gpu)
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
@@ -1205,7 +1208,7 @@ def train(args):
                 (loss / len(rounds)).backward()
             means.add(loss=loss)
         mark('optimizer')
-        ramp = min((nimg + args.batch) / max(args.rampup_kimg * 1000, 1), 1)
+        ramp = min((nimg + args.batch) / max(args.rampup_kimg * 1000, 1), 1)  # Deviation: EDM's first step has rate 0
         fall = min((1 - nimg / total) / args.decay, 1) if args.decay else 1
         for group in optimizer.param_groups:
             group['lr'] = args.lr * ramp * fall
@@ -1277,6 +1280,7 @@ def parse_seeds(text):
 
 
 def sample(argv=None):
+    """One PNG of the images of one or several networks, all from the same seeds."""
     p = argparse.ArgumentParser(prog='edm_nets.py sample', allow_abbrev=False)
     p.add_argument('--net', nargs='+', required=True, help='paths or URLs of teachers or students')
     p.add_argument('--seeds', type=parse_seeds, default='0-63', help='one per image, e.g. 0-63 (%(default)s)')
@@ -1320,7 +1324,7 @@ def seconds_per_call(functions, device, repeat=10):
 
 
 def plain_attention(q, k, v):
-    """As EDM writes it: softmax in float32, products in the dtype of q."""
+    """EDM's einsums, [N, heads, T, C] each; softmax in float32. Unlike EDM's, q k^T is in the dtype of q."""
     w = torch.einsum('nhqc,nhkc->nhqk', q, k / k.shape[-1] ** 0.5).softmax(-1, dtype=torch.float32).to(q.dtype)
     return torch.einsum('nhqk,nhkc->nhqc', w, v)
 

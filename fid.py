@@ -8,7 +8,8 @@
 
 FID follows EDM: images as uint8, the 2015 Inception with TensorFlow-1 resizing, float64 statistics, 50,000 images of
 seeds 0-49999, the whole training set as reference. The distance over raw pixels, for `shapes` and for machines without
-the Inception weights, is always called pixel-FD. Published FIDs are minima over three seed ranges and many checkpoints.
+the Inception weights, is always called pixel-FD. Published FIDs are minima: EDM's over three seed
+ranges, GDD's over checkpoints.
 """
 
 import argparse
@@ -37,7 +38,7 @@ INCEPTION_SHA256 = '6726825d'  # its first digits, as in the name
 PR_IMAGES = 10_000  # precision and recall compare so many images, or all if they are fewer
 
 # ----------------------------------------------------------------------------------------------------
-# Inception-v3 of 2015, the FID variant. Module names are those of the weight file.
+# Inception-v3 of 2015 (Szegedy et al. 2016), the FID variant. Module names are those of the weight file.
 
 
 class Conv(nn.Module):
@@ -61,6 +62,8 @@ def average(x):
 
 
 class InceptionA(nn.Module):
+    """[N, c, R, R] -> [N, 224 + pool, R, R]."""
+
     def __init__(self, c, pool):
         super().__init__()
         self.branch1x1 = Conv(c, 64, 1)
@@ -76,6 +79,8 @@ class InceptionA(nn.Module):
 
 
 class InceptionB(nn.Module):
+    """[N, c, 35, 35] -> [N, c + 480, 17, 17]."""
+
     def __init__(self, c):
         super().__init__()
         self.branch3x3 = Conv(c, 384, 3, stride=2)
@@ -89,6 +94,8 @@ class InceptionB(nn.Module):
 
 
 class InceptionC(nn.Module):
+    """[N, c, R, R] -> [N, 768, R, R]; c7: width inside."""
+
     def __init__(self, c, c7):
         super().__init__()
         wide, tall = dict(kernel=(1, 7), padding=(0, 3)), dict(kernel=(7, 1), padding=(3, 0))
@@ -108,6 +115,8 @@ class InceptionC(nn.Module):
 
 
 class InceptionD(nn.Module):
+    """[N, c, 17, 17] -> [N, c + 512, 8, 8]."""
+
     def __init__(self, c):
         super().__init__()
         self.branch3x3_1, self.branch3x3_2 = Conv(c, 192, 1), Conv(192, 320, 3, stride=2)
@@ -122,6 +131,8 @@ class InceptionD(nn.Module):
 
 
 class InceptionE(nn.Module):
+    """[N, c, R, R] -> [N, 2048, R, R]."""
+
     def __init__(self, c, max_pool):
         super().__init__()
         wide, tall = dict(kernel=(1, 3), padding=(0, 1)), dict(kernel=(3, 1), padding=(1, 0))
@@ -208,7 +219,7 @@ def fold(net):
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2): means [d], covariances [d, d], arrays or tensors -> float.
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) (FID: Heusel et al. 2017): means [d], covariances [d, d] -> float.
 
     With S = R R^T the last term is the sum of the singular values of R1^T R2: exact also when covariances are
     singular, with no root of a product. Raises ValueError on statistics that do not fit together or are not finite.
@@ -247,6 +258,7 @@ def precision_recall(real, fake, k=3):
     """Improved precision and recall (Kynkäänniemi et al. 2019): features [N, d], [M, d] -> (float, float).
 
     Precision: share of fakes within the k-th neighbour distance of some real image; recall: the other way round.
+    Deviation: on the features of the ruler, not VGG16's.
     """
     def radii(a):
         return torch.cat([torch.cdist(part, a).kthvalue(k + 1, dim=1).values for part in a.split(1024)])
@@ -366,9 +378,9 @@ class Ruler:
         features, logits = self.net(images.to(self.device))
         return features, logits - self.net.fc.bias
 
-    def measure(self, images_of, num, keep=0, batch=250):
-        """This rank's Statistics of images_of(0..num-1); and of the first `keep` (images, features, logits), features
-        of at most PR_IMAGES."""
+    def measure(self, images_of, num, keep=False, batch=250):
+        """This rank's Statistics of images_of(0..num-1); and if `keep`, of all ranks and in order, [images, features,
+        logits]: features of at most PR_IMAGES, None for what no score reads."""
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         statistics, kept = Statistics(), []
         statistics.add(self.features(images_of(np.arange(1)))[0][:0])  # the shape, should this rank have no image
@@ -376,7 +388,7 @@ class Ruler:
             images = images_of(np.arange(start, min(start + batch, num)))
             features, logits = self.features(images)
             statistics.add(features)
-            if start < keep:
+            if keep:
                 images = images.cpu() if isinstance(self.dataset, data.Shapes) else None  # only they are read back
                 few = features[:max(PR_IMAGES - start, 0)]
                 kept.append((start, images, few.cpu(), None if logits is None else logits.cpu()))
@@ -388,8 +400,11 @@ class Ruler:
         return statistics, parts
 
     def score(self, images_of, num, batch=250):
-        """Scores of the images images_of(indices int [n]) -> uint8 [n, 3, R, R] of indices 0 ... num-1: a dict."""
-        statistics, (images, features, logits) = self.measure(images_of, num, keep=num, batch=batch)
+        """Scores of images_of(indices int [n]) -> uint8 [n, 3, R, R], indices 0 ... num-1, as a dict. Collective.
+
+        FID or pixel-FD, images (their number), precision, recall; with Inception IS; on shapes valid, coverage, tv.
+        """
+        statistics, (images, features, logits) = self.measure(images_of, num, keep=True, batch=batch)
         mu, sigma, n = statistics.result()
         scores = {self.name: frechet_distance(mu, sigma, self.mu, self.sigma), 'images': n}
         few = min(n, PR_IMAGES)

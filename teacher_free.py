@@ -197,7 +197,7 @@ class RatioNet(nn.Module):
     fitted scores, at sigma 0.1 to 1, of 0.3 for `energy` and 0.1 for `encoder`, which hardly sees fine grain; of 0.6
     for `energy` with the teacher's output layer, one of the two scores inside. `energy` costs about twice as much.
 
-    Takes the arguments of EDMPrecond after `kind`; `kwargs` holds them all.
+    Takes the arguments of EDMPrecond after `kind`, without sigma_min, sigma_max and use_fp16; `kwargs` holds them all.
     """
 
     def __init__(self, kind, img_resolution, img_channels, label_dim, model_type, sigma_data=0.5, **model_kwargs):
@@ -234,7 +234,7 @@ class RatioNet(nn.Module):
 
     def forward(self, x_t, sigma, class_labels=None):
         """x_t [N, C, R, R], sigma [N, 1, 1, 1], one-hot class_labels [N, label_dim] -> l float32 [N]."""
-        x, c_noise = x_t / (self.sigma_data ** 2 + sigma ** 2).sqrt(), sigma.flatten().log() / 4  # EDM: c_in x_t
+        x, c_noise = x_t / (self.sigma_data ** 2 + sigma ** 2).sqrt(), sigma.flatten().log() / 4  # EDM Table 1
         labels = class_labels.to(torch.float32) if self.label_dim else None
         if self.kind == 'encoder':
             h = [head(feature) for head, feature in zip(self.heads, self.pyramid(x, c_noise, labels))]
@@ -346,7 +346,7 @@ def setup():
 
 
 def rank_slices(batch, batch_gpu):
-    """This rank's rows of the global batch: one slice for each round of gradient accumulation."""
+    """This rank's rows of the global batch: one slice for each round of gradient accumulation. Raises ValueError."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     share = batch // world_size
     size = batch_gpu or share
@@ -364,18 +364,8 @@ def sync_last(i, rounds, *ddps):
 
 
 def make_autocast(precision, device):
-    """A context for the networks: bf16 autocast (no gradient scaling needed), or nothing for fp32."""
+    """The autocast of the networks, to be called for a context: bf16 (no gradient scaling needed), or off for fp32."""
     return functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == 'bf16')
-
-
-def rank0_first(function, *args):
-    """function(*args) on rank 0, then on the others, which find in place what it fetched or prepared."""
-    if dist.get_rank() > 0:
-        dist.barrier()
-    result = function(*args)
-    if dist.get_rank() == 0:
-        dist.barrier()
-    return result
 
 
 def check_numbers(parser, args, positive, not_negative):
@@ -599,7 +589,7 @@ def train(args):
     """Both stages, from wherever the run folder stands to --kimg. Returns False if there was nothing left to do."""
     preset = PRESETS[args.dataset]
 
-    # Initialize. Every random number of the training comes from data.step_generator.
+    # Initialize. Every random number of the training comes from data.step_generator and batch_order.
     rank, world_size, device = setup()
     rounds = rank_slices(args.batch, args.batch_gpu)
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')

@@ -309,10 +309,12 @@ def test_sample_and_score(folder, tmp_path):
 
 def test_copies_are_identical():
     """The helpers that every script repeats are the same text everywhere."""
-    for name in ('setup', 'rank_slices', 'sync_last', 'make_autocast', 'rank0_first', 'check_numbers', 'print0',
+    for name in ('setup', 'rank_slices', 'sync_last', 'make_autocast', 'check_numbers', 'print0',
                  'is_due', 'update_ema', 'Means', 'check_finite', 'Stop', 'agree', 'open_run', 'save_checkpoint',
                  'load_checkpoint', 'start_log', 'log_status'):
         for script in (disback, teacher_free, distributional):
             assert inspect.getsource(getattr(edm_nets, name)) == inspect.getsource(getattr(script, name)), name
+    assert inspect.getsource(edm_nets.rank0_first) == inspect.getsource(distributional.rank0_first)
+    assert inspect.getsource(disback.draw_noise) == inspect.getsource(distributional.draw_noise)
     for name in ('draw_noise', 'open_both'):
         assert inspect.getsource(getattr(distributional, name)) == inspect.getsource(getattr(teacher_free, name)), name
