@@ -426,6 +426,7 @@ class Ruler:
 # Tables and curves of finished runs.
 
 SCORES = ['FID', 'pixel-FD', 'precision', 'recall', 'IS', 'valid', 'coverage', 'tv']
+TABLE = [*SCORES, 'kimg', 'seconds', 'trained']
 
 
 def report(rows, path=None, columns=SCORES):
@@ -480,7 +481,7 @@ def table(runs):
                 ends.append(dict(read_scores(out)[1], seconds=sum(line['seconds'] for line in lines),
                                  trained=config['trained_parameters'] / 1e6))
         row = rows[name if len(ends) == len(folders) else f'{name} ({len(ends)} of {len(folders)} runs)'] = {}
-        for c in [*SCORES, 'kimg', 'seconds', 'trained']:
+        for c in TABLE:
             values = [end[c] for end in ends if c in end]
             if values:
                 spread = f' ±{np.std(values, ddof=1):.2g}' if len(values) > 1 and np.ptp(values) else ''
@@ -554,8 +555,7 @@ def main(argv=None):
     runs = argparse.ArgumentParser(add_help=False)
     runs.add_argument('runs', nargs='+', help='run folders; NAME-seed0, NAME-seed1, ... are one row, one colour')
     p = commands.add_parser('table', parents=[runs], help='of last scores', allow_abbrev=False)
-    p.add_argument('--columns', nargs='+', default=[*SCORES, 'kimg', 'seconds', 'trained'],
-                   help='(default: %(default)s)')
+    p.add_argument('--columns', nargs='+', choices=TABLE, default=TABLE, help='(default: those there are of all)')
     p = commands.add_parser('plot', parents=[runs], help='scores against images', allow_abbrev=False)
     p.add_argument('--columns', nargs='+', default=['pixel-FD'], help='of stats.jsonl (default: %(default)s)')
     p.add_argument('--out', required=True, help='.png to write')
