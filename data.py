@@ -107,8 +107,8 @@ COLORS = ['#1f77b4', '#d62728', '#2ca02c', '#9467bd', '#ff7f0e', '#17becf', '#8c
 def save_curves(panels, path, width=720, height=250):
     """Panels of curves below one another: {title: {name: [[(x, y), ...] of each run, ...]}} -> one PNG.
 
-    A thin line is a run, the bold one their mean, where all have the same x; y is logarithmic where all are above 0.
-    Drawn at twice the size and shrunk, which smooths the lines.
+    A thin line is a run; a bold one the mean of several, where all have the same x. y is logarithmic where all are above
+    0. Drawn at twice the size and shrunk, which smooths the lines.
     """
     scale, left, right, top, bottom = 2, 60, 170, 24, 24
     font = ImageFont.load_default(12 * scale)
@@ -142,11 +142,11 @@ def save_curves(panels, path, width=720, height=250):
         for x in ticks(x_0, x_1, False):
             draw.text((place(x, np.exp(y_0) if log else y_0)[0], (panel + 1) * height * scale - 4), f'{x:g}',
                       fill='black', font=font, anchor='md')
-        draw.text((left * scale, (panel * height + 4) * scale), title, fill='black', font=font)
+        draw.text((left * scale, (panel * height + 4) * scale), title + ' (logarithmic)' * log, fill='black', font=font)
         for row, (name, runs) in enumerate(curves.items()):
             for run in runs:
                 draw.line([place(*point) for point in run], fill=colors[name], width=scale)
-            if len({tuple(x for x, _ in run) for run in runs}) == 1:
+            if len(runs) > 1 and len({tuple(x for x, _ in run) for run in runs}) == 1:
                 draw.line([place(*point) for point in np.mean(runs, 0)], fill=colors[name], width=3 * scale)
             draw.text(((width - right + 12) * scale, (panel * height + top + 16 * row) * scale), name,
                       fill=colors[name], font=font)

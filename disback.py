@@ -600,7 +600,7 @@ def train(args):
         fall = min((1 - nimg / total) / preset['decay'], 1) if preset['decay'] else 1
         student_optimizer.param_groups[0]['lr'] = args.lr * fall  # the fake score's stays: it has to follow
 
-        # The student's gradient (Alg. 2, Eq. 8): from where its samples are, towards the target.
+        # The student's gradient (Alg. 2, Eq. 8), descended: D_fake - D_target. While degrading the student rests.
         for p in fake_parameters:
             p.requires_grad_(False)  # with --gan-weight, the gradient passes through to x_t
         for i, rows in enumerate(rounds if not degrading else []):

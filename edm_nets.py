@@ -1301,7 +1301,7 @@ def sample(argv=None):
         if args.class_idx is not None and not 0 <= args.class_idx < net.label_dim:
             raise ValueError(f'--class {args.class_idx}: {path} has {net.label_dim} classes')
         images = generate(net, args.seeds, None if steps == 1 else steps, args.class_idx, S_churn=args.churn)
-        panels[f'{path}, {steps} step(s)'] = images
+        panels[f'{path}, {steps} step' + 's' * (steps > 1)] = images
     scale = max(1, 48 // net.img_resolution)
     if len(panels) == 1:
         data.save_grid(images, args.out, scale)

@@ -490,10 +490,13 @@ def table(runs):
 
 
 def plot(runs, columns, out):
-    """A panel per column of stats.jsonl, against thousands of student images; a colour per name -> PNG `out`."""
+    """A panel per column of stats.jsonl, against thousands of student images; a colour per name -> PNG `out`.
+
+    Raises ValueError where no run has such a column.
+    """
     panels = {}
     for column in columns:
-        panel = panels[f'{column}, against kimg'] = {}
+        panel = panels[f'{column} against thousands of student images'] = {}
         for name, folders in by_name(runs).items():
             curves = [list({line['kimg']: line[column] for line in read_stats(folder) if column in line}.items())
                       for folder in folders]

@@ -175,7 +175,7 @@ def ratio_loss(real_log_ratio, fake_log_ratio):
 def student_loss(log_ratio, sigma, divergence, weight):
     """-w(sigma) h(r) l on the student's noised samples -> scalar; only its gradient, through l alone, has a meaning.
 
-    That gradient is -w h(r) grad l dx_t/dtheta: of D_f(p_student || p_data) at each sigma, if l is exact.
+    That gradient is -w h(r) grad l dx_t/dtheta: of the divergence E_student[f(r)] at each sigma, if l is exact.
     """
     h = DIVERGENCES[divergence](log_ratio.detach().clamp(-LOGIT_CLAMP, LOGIT_CLAMP))
     return -(sigma.flatten() ** WEIGHTS[weight] * h * log_ratio).mean()
@@ -709,7 +709,7 @@ def train(args):
             for group in optimizer.param_groups:
                 group['lr'] = lr * fall
 
-        # The student's gradient: it climbs the log ratio.
+        # The student's gradient: it climbs the log ratio. While warming up the student rests.
         ratio_net.requires_grad_(False)  # the gradient passes through to x_t
         for i, rows in enumerate(rounds if not warming else []):
             with sync_last(i, rounds, ddp_student):
