@@ -107,8 +107,8 @@ COLORS = ['#1f77b4', '#d62728', '#2ca02c', '#9467bd', '#ff7f0e', '#17becf', '#8c
 def save_curves(panels, path, width=720, height=250):
     """Panels of curves below one another: {title: {name: [[(x, y), ...] of each run, ...]}} -> one PNG.
 
-    A thin line is a run; a bold one the mean of several, where all have the same x. y is logarithmic where all are above
-    0. Drawn at twice the size and shrunk, which smooths the lines.
+    A thin line is one run of several, a bold one their mean, where all have the same x. y is logarithmic where all are
+    above 0. Drawn at twice the size and shrunk, which smooths the lines.
     """
     scale, left, right, top, bottom = 2, 60, 170, 24, 24
     font = ImageFont.load_default(12 * scale)
@@ -145,7 +145,7 @@ def save_curves(panels, path, width=720, height=250):
         draw.text((left * scale, (panel * height + 4) * scale), title + ' (logarithmic)' * log, fill='black', font=font)
         for row, (name, runs) in enumerate(curves.items()):
             for run in runs:
-                draw.line([place(*point) for point in run], fill=colors[name], width=scale)
+                draw.line([place(*point) for point in run], fill=colors[name], width=scale if runs[1:] else 2 * scale)
             if len(runs) > 1 and len({tuple(x for x, _ in run) for run in runs}) == 1:
                 draw.line([place(*point) for point in np.mean(runs, 0)], fill=colors[name], width=3 * scale)
             draw.text(((width - right + 12) * scale, (panel * height + top + 16 * row) * scale), name,
