@@ -156,8 +156,8 @@ def test_reference_files(tmp_path, capsys):
 
 def test_tables_and_curves_of_runs(tmp_path, capsys):
     """Seeds go together: their mean and sample standard deviation; a run that ended early is left out, and said so."""
-    for i, (name, kimg, scores) in enumerate((('a-seed0', 2, [8, 3]), ('a-seed1', 2, [8, 5]), ('a-seed0-nodes0', 2, [8, 2]),
-                               ('b-seed7', 1, [8, 1]))):
+    runs = [('a-seed0', 2, [8, 3]), ('a-seed1', 2, [8, 5]), ('a-seed0-nodes0', 2, [8, 2]), ('b-seed7', 1, [8, 1])]
+    for i, (name, kimg, scores) in enumerate(runs):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'config.json').write_text(json.dumps(dict(kimg=2, trained_parameters=500_000)))
         lines = [dict(kimg=k * kimg, seconds=1.5, mismatch=k - 0.3 * i, images=20, **{'pixel-FD': s})
