@@ -37,7 +37,7 @@ from PIL import Image, ImageDraw, ImageFont
 CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'  # fixed-length records, no pickle
 CIFAR10_MD5 = 'c32a1d4ab5d03f1284b67883e8d87530'
 HOW_TO_PREPARE = {  # datasets that cannot be fetched
-    'ffhq64': 'python data.py prepare FFHQ_IMAGES datasets/ffhq64 --resolution 64',
+    'ffhq64': 'python data.py prepare FFHQ_IMAGES datasets/ffhq64 --resolution 64 --no-labels',
     'afhqv2': 'python data.py prepare AFHQV2_TRAIN datasets/afhqv2 --resolution 64 --no-labels',
     'imagenet64': 'python data.py prepare ILSVRC/Data/CLS-LOC/train datasets/imagenet64 --resolution 64'}
 MAX_CLASSES = 1 << 20  # a label beyond is no class number

@@ -438,8 +438,8 @@ class GlobalBatchNorm(nn.Module):
     """Batch norm over the images of all ranks, for training only: [N, C, H, W] -> float32 [N, C, H, W].
 
     Deviation: in the published code every GPU has its own. torch's SyncBatchNorm needs CUDA, and cannot be
-    differentiated twice, which R1 does. With gradient accumulation the
-    statistics are those of one round, on all ranks together.
+    differentiated twice, which R1 does. With gradient accumulation the statistics are those of one round, on all ranks
+    together.
     """
 
     def __init__(self, channels, eps=1e-5):

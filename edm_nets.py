@@ -525,8 +525,8 @@ class RecordedDtype:
 
 
 class OfficialUnpickler(pickle._Unpickler):
-    """The pure-Python unpickler (its memo cannot be blown up), restricted to the names below: stand-ins of our
-    own and plain containers. Raises ValueError for any other."""
+    """The pure-Python unpickler (its memo cannot be blown up), restricted to the names below: stand-ins of our own
+    and plain containers. Raises ValueError for any other."""
 
     def find_class(self, module, name):
         module = module.replace('numpy._core', 'numpy.core')

@@ -8,8 +8,8 @@
 
 FID follows EDM: images as uint8, the 2015 Inception with TensorFlow-1 resizing, float64 statistics, 50,000 images of
 seeds 0-49999, the whole training set as reference. The distance over raw pixels, for `shapes` and for machines without
-the Inception weights, is always called pixel-FD. Published FIDs are minima: EDM's over three seed
-ranges, GDD's over checkpoints.
+the Inception weights, is always called pixel-FD. Published FIDs are minima: EDM's over three seed ranges, GDD's over
+checkpoints.
 """
 
 import argparse
@@ -420,7 +420,6 @@ class Ruler:
         if isinstance(self.dataset, data.Shapes):
             scores |= shapes_coverage(images)
         return scores
-
 
 # ----------------------------------------------------------------------------------------------------
 # Tables and curves of finished runs.
