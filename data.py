@@ -1,46 +1,42 @@
-"""Images on disk, batches in order: datasets, their preparation, and the pure-function batch order.
+"""Pixels, run folders, the order of batches, datasets and their preparation: what every script needs.
 
-A prepared dataset is a folder with `images.npy` (uint8 [N, H, W, 3], memory-mapped) and, when it has
-labels, `labels.npy` (int64 [N]). `shapes` needs no folder: it is drawn on the fly.
+A prepared dataset is a folder with `images.npy` (uint8 [N, R, R, 3]) and, if it has labels, `labels.npy` (int64 [N]).
+The dataset `shapes` needs no folder: its images are drawn when they are asked for.
 
     python data.py prepare SOURCE DEST [--resolution R]    # SOURCE: EDM zip, image folder, CIFAR-10 tarball,
                                                            # ILSVRC train folder, downsampled-ImageNet npz folder
-    python data.py prepare cifar10 datasets/cifar10        # fetched (170 MB, resumable, checksum verified)
-    python data.py grid shapes shapes.png                  # look at a dataset
-
-The batch is a pure function of (seed, nimg): see `batch_order`. The same holds for the noise of a training
-step: see `step_generator`. So a run can resume exactly, and does not depend on the number of processes.
+    python data.py prepare cifar10 datasets/cifar10        # fetches 170 MB
 """
 
 import argparse
 import collections
+import contextlib
 import functools
 import hashlib
-import http.client
-import io
-import itertools
 import json
 import os
-import pickle
 import shutil
 import sys
 import tarfile
-import urllib.error
+import time
+import traceback
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
-CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'  # fixed-length records, no pickle
+CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 CIFAR10_MD5 = 'c32a1d4ab5d03f1284b67883e8d87530'
 HOW_TO_PREPARE = {  # datasets that cannot be fetched
     'ffhq64': 'python data.py prepare FFHQ_IMAGES datasets/ffhq64 --resolution 64 --no-labels',
     'afhqv2': 'python data.py prepare AFHQV2_TRAIN datasets/afhqv2 --resolution 64 --no-labels',
     'imagenet64': 'python data.py prepare ILSVRC/Data/CLS-LOC/train datasets/imagenet64 --resolution 64'}
-MAX_CLASSES = 1 << 20  # a label beyond is no class number
+MAX_CLASSES = 1 << 20  # a larger label is no class number
 IMAGE_TYPES = {'.png', '.jpg', '.jpeg', '.bmp', '.webp', '.gif', '.ppm', '.tif', '.tiff'}
 
 # ----------------------------------------------------------------------------------------------------
@@ -52,108 +48,207 @@ def to_float(images):
     return images.to(torch.float32) / 127.5 - 1
 
 
-def to_device(x, device):
-    """A tensor of the CPU -> on `device`; on a GPU through pinned memory, so that the host does not wait for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
-
-
 def to_uint8(x):
     """float [-1, 1] -> uint8 [0, 255], truncating as EDM's generate.py does."""
     return (x * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
-def mirror(images, flips):
-    """Mirror those images [N, C, H, W] left to right for which flips (bool [N]) says so."""
-    return torch.where(torch.from_numpy(flips)[:, None, None, None], images.flip(3), images)
+def to_device(x, device):
+    """Move a CPU tensor to `device`; to a GPU through pinned memory, so that the CPU does not wait for the copy."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
 
 
-def grid(images, columns, scale):
-    """uint8 [N, 3, H, W] -> one picture uint8 [rows * H * scale, columns * W * scale, 3], row by row."""
-    n, c, h, w = images.shape
-    rows = -(-n // columns)
-    canvas = np.zeros([rows * columns, c, h, w], np.uint8)
-    canvas[:n] = images.cpu().numpy()
-    canvas = canvas.reshape(rows, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)
-    return canvas.repeat(scale, 0).repeat(scale, 1)
+def load_images(dataset, indices, device, flips=None):
+    """Images of a dataset, those of which flips (numpy bool [n]) is true mirrored -> float32 [n, 3, R, R], [-1, 1]."""
+    images = dataset.images(indices)
+    if flips is not None:
+        images = torch.where(torch.from_numpy(flips)[:, None, None, None], images.flip(3), images)
+    return to_float(to_device(images, device))
 
 
-def save_png(picture, path):
-    """uint8 [H, W, 3] -> PNG, written whole or not at all."""
+def save_panels(panels, path, columns=8, scale=2):
+    """Write {title: uint8 [N, 3, H, W]} as one PNG: a grid below each title ('': none). Raises OSError."""
+    pictures = []
+    for title, images in panels.items():
+        n, c, h, w = images.shape
+        grid = np.zeros([-(-n // columns) * columns, c, h, w], np.uint8)
+        grid[:n] = images.cpu().numpy()
+        grid = grid.reshape(-1, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(-1, columns * w, c)
+        heading = Image.new('RGB', (columns * w * scale, 16 if title else 0), 'white')
+        ImageDraw.Draw(heading).text((2, 2), title, fill='black', font=ImageFont.load_default())
+        pictures += [np.asarray(heading), grid.repeat(scale, 0).repeat(scale, 1)]
+    with whole_file(path) as f:
+        Image.fromarray(np.concatenate(pictures)).save(f, format='png')
+
+# ----------------------------------------------------------------------------------------------------
+# Processes and run folders, which hold config.json, stats.jsonl, latest.pt and previous.pt. Collective: for all ranks.
+
+MAY_CHANGE = {'out', 'data', 'teacher', 'batch_gpu', 'compile', 'snapshot_kimg', 'status_kimg', 'eval_images'}
+
+
+@contextlib.contextmanager
+def clear_errors(script):
+    """Errors that the user can mend print one line; all others keep their traceback. The exit status is 1."""
     try:
-        Image.fromarray(picture).save(f'{path}.tmp', format='png')
+        yield
+    except Exception as error:
+        mendable = isinstance(error, (OSError, ValueError, FloatingPointError, MemoryError, dist.DistNetworkError))
+        if isinstance(error, torch.OutOfMemoryError):
+            mendable, error = True, f'{error} A smaller --batch-gpu needs less memory.'
+        print(f'{script}: {error}' if mendable else traceback.format_exc(), file=sys.stderr, flush=True)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            os._exit(1)  # the other processes may be waiting for this one: torchrun ends them
+        sys.exit(1)
+
+
+def rank0_first(function, *args):
+    """function(*args) on the first process of each machine, then on the others, which find what it fetched or made."""
+    first = os.environ.get('LOCAL_RANK', '0') == '0'
+    if dist.is_initialized() and not first:
+        dist.barrier()
+    result = function(*args)
+    if dist.is_initialized() and first:
+        dist.barrier()
+    return result
+
+
+def fingerprint(arrays):
+    """A checksum of the contents of arrays or tensors: 8 hexadecimal digits."""
+    return f'{functools.reduce(lambda crc, array: zlib.crc32(np.ascontiguousarray(array), crc), arrays, 0):08x}'
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Open a file that appears at `path` whole or not at all: written beside it, then renamed. Raises OSError."""
+    try:
+        with open(f'{path}.tmp', 'wb') as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(f'{path}.tmp', path)
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # torch.save hides that the disk is full
+        if not isinstance(reason, OSError):
+            raise
+        raise OSError(f'cannot write {path}: {reason}') from None
     finally:
         Path(f'{path}.tmp').unlink(missing_ok=True)
 
 
-def save_grid(images, path, scale=1):
-    """uint8 [N, 3, H, W] -> a PNG as square as can be; `scale` enlarges the pixels."""
-    save_png(grid(images, int(np.ceil(len(images) ** 0.5)), scale), path)
+def check_finite(name, network):
+    """Raise FloatingPointError if a weight of the network is not finite."""
+    if not all(p.isfinite().all() for p in network.parameters()):
+        raise FloatingPointError(f'a weight of {name} is not finite: training has diverged; latest.pt is from before')
 
 
-def save_panels(panels, path, columns, scale):
-    """Several grids below one another, each under its title: {title: uint8 [N, 3, H, W]} -> one PNG."""
-    pictures = []
-    for title, images in panels.items():
-        heading = Image.new('RGB', (columns * images.shape[3] * scale, 16), 'white')
-        ImageDraw.Draw(heading).text((2, 2), title, fill='black', font=ImageFont.load_default())
-        pictures += [np.asarray(heading), grid(images, columns, scale)]
-    save_png(np.concatenate(pictures), path)
+def save_checkpoint(out, config, counts, parts):
+    """Write latest.pt, keeping the one before it as previous.pt: whenever the run is killed, one of them is whole.
 
-
-COLORS = ['#1f77b4', '#d62728', '#2ca02c', '#9467bd', '#ff7f0e', '#17becf', '#8c564b', '#7f7f7f']
-
-
-def save_curves(panels, path, width=720, height=250):
-    """Panels of curves below one another: {title: {name: [[(x, y), ...] of each run, ...]}} -> one PNG.
-
-    A thin line is one run of several, a bold one their mean, where all have the same x. y is logarithmic where all are
-    above 0. Drawn at twice the size and shrunk, which smooths the lines.
+    counts: {name: int}; parts: {name: network or optimizer}, everything that evolves. Raises FloatingPointError.
     """
-    scale, left, right, top, bottom = 2, 60, 170, 24, 24
-    font = ImageFont.load_default(12 * scale)
-    names = dict.fromkeys(name for curves in panels.values() for name in curves)
-    colors = dict(zip(names, itertools.cycle(COLORS)))
-    canvas = Image.new('RGB', (width * scale, height * scale * len(panels)), 'white')
-    draw = ImageDraw.Draw(canvas)
-    for panel, (title, curves) in enumerate(panels.items()):
-        points = np.array([point for runs in curves.values() for run in runs for point in run], float)
-        log = bool((points[:, 1] > 0).all())
-        bend = np.log if log else np.asarray
-        (x_0, y_0), (x_1, y_1) = points.min(0), points.max(0)
-        y_0, y_1 = bend(y_0), bend(y_1)
-        x_1, margin = max(x_1, x_0 + 1e-9), max(0.05 * (y_1 - y_0), 1e-9)
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module):
+            check_finite(name, part)
+    state = dict(counts, config=config, log_bytes=os.path.getsize(f'{out}/stats.jsonl'))
+    with whole_file(f'{out}/next.pt') as f:
+        torch.save(state | {name: part.state_dict() for name, part in parts.items()}, f)
+    if os.path.exists(f'{out}/latest.pt'):
+        os.replace(f'{out}/latest.pt', f'{out}/previous.pt')
+    os.replace(f'{out}/next.pt', f'{out}/latest.pt')
 
-        def place(x, y):
-            u = (x - x_0) / (x_1 - x_0) * (width - left - right)
-            v = (y_1 + margin - bend(y)) / (y_1 - y_0 + 2 * margin) * (height - top - bottom)
-            return (left + u) * scale, (panel * height + top + v) * scale
 
-        def ticks(low, high, log):
-            if log:
-                return [k * 10. ** e for e in range(-6, 9) for k in (1, 2, 5) if low <= k * 10. ** e <= high]
-            step = min(s for s in (k * 10. ** e for e in range(-6, 9) for k in (1, 2, 5)) if s >= (high - low) / 6)
-            return np.arange(np.ceil(low / step), high / step + 1e-6) * step
+def newest_checkpoint(out):
+    """The path of the newest whole checkpoint, or None for a new run. A damaged one is reported and set aside."""
+    for path in filter(os.path.exists, (f'{out}/latest.pt', f'{out}/previous.pt')):
+        try:
+            damaged = zipfile.ZipFile(path).testzip()  # compares the checksum of every tensor
+            if not damaged and torch.load(path, map_location='cpu', weights_only=True, mmap=True)['config']:
+                return path
+        except Exception as error:  # whatever a damaged file can provoke
+            if isinstance(error, (MemoryError, OSError)) or 'allocate memory' in str(error):
+                raise
+        print(f'{path} is damaged: set aside as {path}.damaged', flush=True)
+        os.replace(path, f'{path}.damaged')
+    if list(Path(out).glob('*.pt.damaged')):
+        raise ValueError(f'no whole checkpoint is left in {out}: give another --out')
 
-        low, high = (np.exp([y_0, y_1]) if log else (y_0, y_1))
-        for y in ticks(low, high, log):
-            draw.line([place(x_0, y), place(x_1, y)], fill='#e0e0e0', width=scale)
-            draw.text((left * scale - 8, place(x_0, y)[1]), f'{y + 0:g}', fill='black', font=font, anchor='rm')
-        for x in ticks(x_0, x_1, False):
-            draw.text((place(x, np.exp(y_0) if log else y_0)[0], (panel + 1) * height * scale - 4), f'{x:g}',
-                      fill='black', font=font, anchor='md')
-        draw.text((left * scale, (panel * height + 4) * scale), title + ' (logarithmic)' * log, fill='black', font=font)
-        for row, (name, runs) in enumerate(curves.items()):
-            for run in runs:
-                draw.line([place(*point) for point in run], fill=colors[name], width=scale if runs[1:] else 2 * scale)
-            if len(runs) > 1 and len({tuple(x for x, _ in run) for run in runs}) == 1:
-                draw.line([place(*point) for point in np.mean(runs, 0)], fill=colors[name], width=3 * scale)
-            draw.text(((width - right + 12) * scale, (panel * height + top + 16 * row) * scale), name,
-                      fill=colors[name], font=font)
-    save_png(np.asarray(canvas.resize((width, height * len(panels)), Image.Resampling.LANCZOS)), path)
+
+def load_checkpoint(args, parts, may_change=frozenset(), **fingerprints):
+    """Load the newest whole checkpoint of args.out into `parts`. Collective. Raises ValueError for another run's.
+
+    Returns (config, state). config: all of `args` that must stay the same when a run is resumed. Excepted are
+    MAY_CHANGE, `may_change`, and --kimg if args.decay is 0, so that no rate depends on it. The fingerprints stand for
+    the paths of data and teacher. state: the checkpoint's content, {} for a new run.
+    """
+    may_change = MAY_CHANGE | may_change | (set() if args.decay else {'kimg'})
+    config = dict({k: v for k, v in vars(args).items() if k not in may_change}, **fingerprints)
+    config = json.loads(json.dumps(config))  # as it will be read back
+    path = [newest_checkpoint(args.out) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(path)
+    if path[0] is None:
+        return config, {}
+    state = torch.load(path[0], map_location='cpu', weights_only=True, mmap=True)
+    changed = [f'{k}: {old} -> {config[k]}' for k, old in state['config'].items() if config.get(k, old) != old]
+    if changed := changed + [f'no {name} there' for name in parts if name not in state]:
+        raise ValueError(f'{args.out} holds another run ({", ".join(changed)}): give another --out')
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    dist.barrier()  # guards the checkpoint: nobody writes before all have read
+    return config, state
+
+
+def start_log(args, state, plan, **more):
+    """Print the plan, write config.json, cut stats.jsonl back to the checkpoint; or say that all is done. Rank 0."""
+    if state.get('nimg', 0) >= args.kimg * 1000:
+        return print(f'{args.out} is complete at {state["nimg"] / 1000:g} kimg, nothing to do', flush=True)
+    print(plan, flush=True)
+    os.makedirs(args.out, exist_ok=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'
+    more |= dict(torch=torch.__version__, processes=dist.get_world_size(), device=device, command=sys.argv)
+    with whole_file(f'{args.out}/config.json') as f:
+        f.write(json.dumps(dict(vars(args), **more), indent=1).encode())
+    with open(f'{args.out}/stats.jsonl', 'ab') as f:
+        f.truncate(state.get('log_bytes', 0))
+
+
+def log_status(out, stats, total):
+    """One line to the terminal and one object to stats.jsonl; total: images of stage 2. Rank 0 only."""
+    if torch.cuda.is_available():
+        stats = dict(stats, peak_gib=torch.cuda.max_memory_allocated() / 2 ** 30)  # of this process
+    minutes = stats['sec_per_kimg'] * (total / 1000 - stats['kimg']) / 60 if stats['kimg'] else 0  # no guess at first
+    shown = '  '.join(f'{k} {v:.5g}' for k, v in stats.items() if k != 'seconds')
+    print(f'{stats["kimg"] * 1000 / total:4.0%}  {shown}' + f'  {minutes:.1f} min left' * (minutes > 0), flush=True)
+    with open(f'{out}/stats.jsonl', 'a') as f:
+        f.write(json.dumps(stats) + '\n')
+
+
+class Means:
+    """Means of named scalars between two status lines; tensors until then, so that no step waits for the device."""
+
+    def __init__(self, images):  # of the run, so far
+        self.images, self.start, self.added = images, time.time(), []  # (name, scalar tensor), in order
+
+    def add(self, **scalars):
+        self.added += [(name, value.detach()) for name, value in scalars.items()]
+
+    def collect(self, images):
+        """{sec_per_kimg, seconds, name: mean over steps and processes}. Collective.
+
+        Raises FloatingPointError, on all ranks, naming the scalar that was the first not to be finite.
+        """
+        seconds, means = time.time() - self.start, {}
+        for name in dict.fromkeys(name for name, _ in self.added):
+            mean = torch.stack([value for other, value in self.added if other == name]).double().mean()
+            dist.all_reduce(mean)
+            means[name] = float(mean) / dist.get_world_size()
+        if not np.isfinite(list(means.values())).all():
+            first = next((name for name, value in self.added if not value.isfinite()), 'a loss of another process')
+            raise FloatingPointError(f'{first} is not finite: training has diverged; latest.pt is from before')
+        return dict(sec_per_kimg=1000 * seconds / max(images - self.images, 1), seconds=seconds, **means)
 
 # ----------------------------------------------------------------------------------------------------
-# Batches in order.
+# Datasets, and the order of their images. Each has len(), .resolution, .label_dim (0: no labels) and, for indices int
+# [n], the methods .images(indices) -> uint8 [n, 3, R, R] and .labels(indices) -> int64 [n], zeros without labels.
 
 
 @functools.lru_cache(maxsize=2)
@@ -164,76 +259,59 @@ def epoch_order(seed, epoch, size):
 
 
 def batch_order(seed, nimg, count, size):
-    """Images `nimg` ... `nimg + count - 1` of a run over a dataset of `size` images.
+    """Images `nimg` ... `nimg + count - 1` of a run: (indices int64 [count], whether to mirror them bool [count]).
 
-    Image number `nimg` of the run is place k of `epoch_order(seed, epoch)`, with `epoch, k = divmod(nimg, size)`.
-    Returns (indices int64 [count], flips bool [count]): whether to mirror is decided by the same numbers.
+    Image number `nimg` is place k of `epoch_order(seed, epoch, size)`, where `epoch, k = divmod(nimg, size)`. So a run
+    resumes exactly, and its images do not depend on the number of processes.
     """
     epochs, places = np.divmod(np.arange(nimg, nimg + count), size)
     parts = [(epoch_order(seed, int(e), size), places[epochs == e]) for e in np.unique(epochs)]
-    return (np.concatenate([order[k] for (order, _), k in parts]),
-            np.concatenate([flips[k] for (_, flips), k in parts]))
+    return np.concatenate([order[k] for (order, _), k in parts]), np.concatenate([flips[k] for (_, flips), k in parts])
 
 
 def step_generator(seed, nimg, stream, device):
-    """torch.Generator for the random numbers of one training step.
+    """A torch.Generator for the random numbers of one training step.
 
-    Draw for the *global* batch and let each rank take its rows: every process then sees the same numbers,
-    whatever their count. `stream` (int) separates the uses within one step, e.g. two training stages.
+    Draw for the *global* batch, of which each process takes its rows: then the numbers do not depend on their count.
+    `stream` (int) separates the stages of a training.
     """
     key = np.random.SeedSequence([seed, nimg, stream]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(key >> np.uint64(1)))
 
-# ----------------------------------------------------------------------------------------------------
-# Datasets. Common to all: len(), .resolution, .label_dim (0: unlabelled), .images(i), .labels(i).
-
 
 class Folder:
-    """A prepared folder. Raises FileNotFoundError or ValueError with what to do about it."""
+    """A prepared folder. Raises FileNotFoundError, or ValueError for a damaged one, in one line."""
 
     def __init__(self, path):
-        if not (Path(path) / 'images.npy').is_file():
-            raise FileNotFoundError(f'no images.npy in {path}: make it with `python data.py prepare SOURCE {path}`')
-        self.data = self.read(Path(path) / 'images.npy', mmap_mode='r')
-        if self.data.dtype != np.uint8 or self.data.ndim != 4 or self.data.shape[1] != self.data.shape[2] \
-                or self.data.shape[3] != 3 or not len(self.data):
-            raise ValueError(f'{path}/images.npy is {self.data.dtype} {list(self.data.shape)}, not uint8 [N, R, R, 3]')
-        self.resolution = self.data.shape[1]
-        self.targets = None
-        if (Path(path) / 'labels.npy').is_file():
-            self.targets = self.read(Path(path) / 'labels.npy')
-            if self.targets.dtype != np.int64 or self.targets.shape != (len(self.data),) \
-                    or self.targets.min() < 0 or self.targets.max() >= MAX_CLASSES:
-                raise ValueError(f'{path}/labels.npy must be int64 [{len(self.data)}] of class numbers from 0')
-        self.label_dim = 0 if self.targets is None else int(self.targets.max()) + 1
-
-    @staticmethod
-    def read(path, **kwargs):
+        path, labelled = Path(path), (Path(path) / 'labels.npy').is_file()
+        if not (path / 'images.npy').is_file():
+            command = HOW_TO_PREPARE.get(path.name, f'python data.py prepare SOURCE {path}')
+            raise FileNotFoundError(f'no images.npy in {path}: make it with `{command}`')
         try:
-            return np.load(path, **kwargs)
+            self.data = np.load(path / 'images.npy', mmap_mode='r')
+            self.targets = np.load(path / 'labels.npy') if labelled else np.zeros(self.data.shape[:1], np.int64)
+            n, height, width, channels = self.data.shape
+            if self.data.dtype != np.uint8 or height != width or channels != 3 or self.targets.dtype != np.int64 \
+                    or self.targets.shape != (n,) or self.targets.min() < 0 or self.targets.max() >= MAX_CLASSES:
+                raise ValueError('expected images.npy of uint8 [N, R, R, 3], labels.npy of int64 [N], from 0')
         except Exception as error:  # whatever a damaged file can provoke
-            if isinstance(error, (MemoryError, PermissionError)):
-                raise
-            raise ValueError(f'{path} is damaged: {error}') from None
+            raise ValueError(f'cannot use {path}: {error}') from None
+        self.resolution, self.label_dim = height, int(self.targets.max()) + 1 if labelled else 0
 
     def __len__(self):
         return len(self.data)
 
     def images(self, indices):
-        """int [n] -> uint8 [n, 3, R, R]."""
         return torch.from_numpy(self.data[indices]).permute(0, 3, 1, 2).contiguous()
 
     def labels(self, indices):
-        """int [n] -> int64 [n]; zeros when unlabelled."""
-        return torch.zeros(len(indices), dtype=torch.int64) if self.targets is None \
-            else torch.from_numpy(self.targets[indices])
+        return torch.from_numpy(self.targets[indices])
 
 
 class Shapes:
-    """`shapes`: 50,000 anti-aliased 16x16 RGB images of one shape each on a near-black ground, drawn when asked for.
+    """`shapes`: anti-aliased 16x16 RGB images of one shape each on a near-black ground, drawn when they are asked for.
 
-    Class = kind of shape, four kinds; colour (six), centre and size vary. `read_back` recovers kind and colour
-    from any image, so that what a generator covers is measured and not guessed.
+    The class is the kind of shape, one of four; colour (one of six), centre and size vary.
     """
 
     resolution = 16
@@ -250,12 +328,19 @@ class Shapes:
     def __len__(self):
         return len(self.kind)
 
+    def images(self, indices):
+        mask = self.masks(self.kind[indices], self.centre[indices], self.radius[indices])[:, None]
+        colour = self.colours[self.colour[indices]][:, :, None, None]
+        return torch.from_numpy((self.ground + mask * (colour - self.ground)).round().astype(np.uint8))
+
+    def labels(self, indices):
+        return torch.from_numpy(self.kind[indices])
+
     @classmethod
     def masks(cls, kind, centre, radius):
         """Share of each pixel that the shape covers: kind [n], centre [n, 2], radius [n] -> float [n, 16, 16]."""
-        pixel = np.arange(cls.resolution)
-        x = pixel[None, None, :] - centre[:, 0, None, None]
-        y = pixel[None, :, None] - centre[:, 1, None, None]
+        x = np.arange(cls.resolution) - centre[:, 0, None, None]  # [n, 1, 16]
+        y = np.arange(cls.resolution)[:, None] - centre[:, 1, None, None]  # [n, 16, 1]
         r, ax, ay = radius[:, None, None], np.abs(x), np.abs(y)
         distance = np.select(  # signed distance to the outline, in pixels, negative inside
             [kind[:, None, None] == k for k in range(4)],
@@ -265,119 +350,24 @@ class Shapes:
              np.maximum(np.minimum(ax, ay) - 0.3 * r, np.maximum(ax, ay) - r)])
         return np.clip(0.5 - distance, 0, 1)
 
-    def images(self, indices):
-        """int [n] -> uint8 [n, 3, 16, 16]."""
-        mask = self.masks(self.kind[indices], self.centre[indices], self.radius[indices])[:, None]
-        colour = self.colours[self.colour[indices]][:, :, None, None]
-        return torch.from_numpy((self.ground + mask * (colour - self.ground)).round().astype(np.uint8))
 
-    def labels(self, indices):
-        """int [n] -> int64 [n], the kind of shape."""
-        return torch.from_numpy(self.kind[indices])
-
-    @classmethod
-    def read_back(cls, images, tolerance=0.35):
-        """Recover what is drawn: uint8 [n, 3, 16, 16] -> kind int64 [n], colour int64 [n], valid bool [n].
-
-        The nearest of 8,092 clean masks, each in six colours, wins; an image further from it than `tolerance` times the
-        drawing's contrast (root mean square) is no shape at all: not valid.
-        """
-        masks, kinds = _shape_templates()
-        light = (images.float() - cls.ground).flatten(2)  # [n, 3, 256]
-        # With colour c and mask m: |light - c m^T|^2 = |light|^2 - 2 c^T light m + |c|^2 |m|^2.
-        c = torch.from_numpy(cls.colours - cls.ground).float()  # [6, 3]
-        kind, colour, valid = [], [], []
-        for part in light.split(256):
-            cost = -2 * torch.einsum('kc,ncp->nkp', c, part) @ masks.T \
-                + c.square().sum(1)[:, None] * masks.square().sum(1)  # [n, 6, templates]
-            best, where = cost.flatten(1).min(1)
-            colour.append(where // len(masks))
-            kind.append(kinds[where % len(masks)])
-            energy = part.square().sum([1, 2])
-            fitted = (c.square().sum(1)[colour[-1]] * masks.square().sum(1)[where % len(masks)])
-            valid.append(energy + best <= tolerance ** 2 * fitted)
-        return torch.cat(kind), torch.cat(colour), torch.cat(valid)
-
-
-@functools.lru_cache(maxsize=1)
-def _shape_templates():
-    """Masks float32 [T, 256] on a fine grid of centres and radii, and their kinds int64 [T]."""
-    grid = np.meshgrid(np.arange(4), np.arange(5.5, 9.6, 0.25), np.arange(5.5, 9.6, 0.25), np.arange(3.5, 5.1, 0.25),
-                       indexing='ij')
-    kind, cx, cy, radius = (g.ravel() for g in grid)
-    masks = Shapes.masks(kind, np.stack([cx, cy], 1), radius)
-    return torch.from_numpy(masks).float().flatten(1), torch.from_numpy(kind)
+def identity(dataset):
+    """What a dataset is recognised by: its size, and a checksum of its first hundred images and of all labels."""
+    checksum = fingerprint([dataset.images(np.arange(min(100, len(dataset)))), dataset.labels(np.arange(len(dataset)))])
+    return f'{len(dataset)} images of {dataset.resolution} px, {dataset.label_dim} classes, checksum {checksum}'
 
 
 def open_dataset(dataset, path=None):
-    """`shapes`, or the prepared folder of `dataset` (`path`, by default datasets/NAME). CIFAR-10 is fetched if missing.
-
-    Raises FileNotFoundError with the command that prepares a dataset which cannot be fetched. Warns of a folder whose
-    images are all the same, or with a class that has none. In a run of several processes let rank 0 call it first.
-    """
+    """`shapes`, or the prepared folder at `path` (datasets/NAME); CIFAR-10 is fetched. Raises OSError, ValueError."""
     if dataset == 'shapes' and path is None:
         return Shapes()
     path = Path(path or f'datasets/{dataset}')
-    if not path.exists() and dataset == 'cifar10':
+    if dataset == 'cifar10' and not path.exists():
         prepare('cifar10', path)
-    if not path.exists() and dataset in HOW_TO_PREPARE:
-        raise FileNotFoundError(f'{path} not found. {dataset} cannot be fetched: `{HOW_TO_PREPARE[dataset]}` makes it')
-    folder, rank = Folder(path), os.environ.get('RANK', '0')
-    first = folder.images(np.arange(min(100, len(folder))))
-    if (first == first[0]).all() and rank == '0':
-        print(f'warning: {path}: ' + ('one image alone' if len(folder) == 1 else 'the first images are all the same'))
-    missing = sorted(set(range(folder.label_dim)) - set(() if folder.targets is None else folder.targets.tolist()))
-    if missing and rank == '0':
-        print(f'warning: {path}: no image of {len(missing)} of {folder.label_dim} classes, e.g. of class {missing[0]}')
-    return folder
+    return Folder(path)
 
 # ----------------------------------------------------------------------------------------------------
-# Download.
-
-
-def download(url, path, timeout=30, **checksum):
-    """Fetch `url` to `path` unless it is there: resumed after a break, verified, renamed when whole.
-
-    checksum: md5='...' or sha256='...', the hexadecimal digest or its first digits.
-
-    Raises OSError in one line when the server cannot be reached, stops early, or sends other bytes.
-    """
-    path, partial = Path(path), Path(f'{path}.partial')
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    have = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(url, headers={'Range': f'bytes={have}-'} if have else {})
-    print(f'fetching {url}' + (f', {have >> 20} MB already here' if have else ''), flush=True)
-    try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            have = have if response.status == 206 else 0  # the server may ignore the range: start again
-            if have and not response.headers.get('Content-Range', '').startswith(f'bytes {have}-'):
-                partial.unlink()
-                raise OSError('the server sent another part than was asked for, so what is here was removed')
-            total = have + int(response.headers.get('Content-Length') or 0)
-            with open(partial, 'r+b' if have else 'wb') as f:
-                f.seek(have)
-                while chunk := response.read(1 << 20):
-                    f.write(chunk)
-                    if f.tell() >> 26 != (f.tell() - len(chunk)) >> 26:
-                        print(f'  {f.tell() >> 20} of {total >> 20} MB', flush=True)
-                f.truncate()
-                if total and f.tell() < total:
-                    raise OSError(f'{f.tell()} of {total} bytes came')
-    except (OSError, http.client.HTTPException) as error:
-        if isinstance(error, urllib.error.HTTPError) and error.code == 416:
-            partial.unlink(missing_ok=True)  # nothing left to send, or the file has changed: start afresh next time
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        raise OSError(f'cannot fetch {url}: {reason}; run the same command again to go on') from None
-    for name, expected in checksum.items():
-        with open(partial, 'rb') as f:
-            digest = hashlib.file_digest(f, name).hexdigest()
-        if not digest.startswith(expected):
-            partial.unlink()
-            raise OSError(f'{url} sent other bytes than expected ({name} {digest}, not {expected})')
-    os.replace(partial, path)
-    return path
+# Downloads, and preparation of datasets.
 
 
 def cache_path(url):
@@ -385,203 +375,165 @@ def cache_path(url):
     folder = os.environ.get('ONE_STEP_CACHE') or Path.home() / '.cache' / 'one-step-diffusion'
     return Path(folder) / f'{hashlib.md5(url.encode()).hexdigest()[:8]}-{url.rsplit("/", 1)[-1]}'
 
-# ----------------------------------------------------------------------------------------------------
-# Preparation. A reader -> (count, iterator of (name, image or uint8 [H, W, 3], label or None)). Raises ValueError.
+
+def download(url, path, timeout=30, **checksum):
+    """Fetch `url` to `path` unless it is there: resumed after a break, verified, renamed when whole. Returns the Path.
+
+    checksum: md5='...' or sha256='...', the digest or its first digits. Raises OSError in one line.
+    """
+    path, partial = Path(path), Path(f'{path}.partial')
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    have = partial.stat().st_size if partial.exists() else 0
+    print(f'fetching {url}' + f', {have >> 20} MB already here' * (have > 0), flush=True)
+    try:
+        request = urllib.request.Request(url, headers={'Range': f'bytes={have}-'} if have else {})
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            resumed = response.status == 206  # the server may ignore the range: start again
+            if resumed and not response.headers.get('Content-Range', '').startswith(f'bytes {have}-'):
+                partial.unlink()
+                raise OSError('the server sent another part than was asked for')
+            with open(partial, 'ab' if resumed else 'wb') as f:
+                total = f.tell() + int(response.headers.get('Content-Length') or 0)
+                while chunk := response.read(1 << 20):
+                    f.write(chunk)
+                    if f.tell() % (1 << 26) < len(chunk):  # every 64 MB
+                        print(f'  {f.tell() >> 20} of {total >> 20} MB', flush=True)
+                if f.tell() < total:
+                    raise OSError(f'{f.tell()} of {total} bytes came')
+    except Exception as error:  # whatever a server or the disk can provoke
+        if getattr(error, 'code', None) == 416:  # no such part: the file at the server has changed
+            partial.unlink(missing_ok=True)
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise OSError(f'cannot fetch {url}: {reason}; run the same command again to go on') from None
+    for name, expected in checksum.items():
+        digest = hashlib.new(name, partial.read_bytes()).hexdigest()
+        if not digest.startswith(expected):
+            partial.unlink()
+            raise OSError(f'{url} sent other bytes than expected ({name} {digest}, not {expected})')
+    os.replace(partial, path)
+    return path
 
 
-class CifarUnpickler(pickle.Unpickler):
-    """Reads the batches of cifar-10-python.tar.gz; anything but a plain numpy array is refused."""
-
-    allowed = {'numpy.core.multiarray': ['_reconstruct'], 'numpy._core.multiarray': ['_reconstruct'],
-               'numpy': ['ndarray', 'dtype'], '_codecs': ['encode']}
-
-    def find_class(self, module, name):
-        if name not in self.allowed.get(module, []):
-            raise ValueError(f'refused: the pickle asks for {module}.{name}')
-        return super().find_class(module.replace('numpy.core', 'numpy._core'), name)
+def read_rows(name, pixels, labels):
+    """Yield what `read_images` does from a batch: pixels uint8 [n, 3 R R], n labels."""
+    side = int((pixels.shape[1] // 3) ** 0.5)
+    images = pixels.reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        yield f'{name}[{i}]', image, label
 
 
-def read_cifar10(path):
-    """The official tarballs, binary (records of 1 + 3072 bytes) or python; the 50,000 training images."""
-    records = []  # (label, uint8 [3072])
-    with tarfile.open(path) as tar:
-        members = {Path(m.name).name: m for m in tar.getmembers() if m.isfile()}
-        for i in range(1, 6):
-            member = members.get(f'data_batch_{i}.bin') or members.get(f'data_batch_{i}')
-            if member is None or member.size > 1 << 26:
-                raise ValueError(f'no data_batch_{i} of 31 MB: not a CIFAR-10 tarball')
-            raw = tar.extractfile(member).read()
-            if member.name.endswith('.bin'):
-                if len(raw) % 3073:
-                    raise ValueError(f'{member.name} is not made of records of 3073 bytes')
-                rows = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
-                records += [(int(row[0]), row[1:]) for row in rows]
-            else:
-                batch = CifarUnpickler(io.BytesIO(raw), encoding='latin1').load()
-                if batch['data'].dtype != np.uint8:
-                    raise ValueError(f'{member.name} is {batch["data"].dtype}, expected uint8')
-                records += list(zip(batch['labels'], batch['data'], strict=True))
-    bad = [label for label, _ in records if label not in range(10)]
-    if bad:
-        raise ValueError(f'label {bad[0]!r} out of range 0..9')
-    return len(records), ((f'image {i}', row.reshape(3, 32, 32).transpose(1, 2, 0), label)
-                          for i, (label, row) in enumerate(records))
-
-
-def read_npz(folder):
-    """Downsampled ImageNet (train_data_batch_*.npz: data uint8 [n, 3*R*R], labels 1..1000)."""
-    files = sorted(Path(folder).glob('*.npz'), key=lambda f: (len(f.name), f.name))
-    counts = [len(np.load(f)['labels']) for f in files]
-
-    def images():
-        for f in files:
+def read_images(source):
+    """Yield (name, image: path, open file or array [R, R, 3], label: int or None). Raises whatever can go wrong."""
+    if source.is_dir() and any(source.glob('*.npz')):  # downsampled ImageNet, which counts its classes from 1
+        for f in sorted(source.glob('*.npz'), key=lambda f: (len(f.name), f.name)):
             batch = np.load(f)
-            pixels, labels = batch['data'], batch['labels']
-            side = int((pixels.shape[-1] // 3) ** 0.5)
-            if pixels.shape != (len(labels), 3 * side ** 2) or pixels.dtype != np.uint8 \
-                    or labels.dtype.kind not in 'iu':
-                raise ValueError(f'{f.name} has data {pixels.dtype} {list(pixels.shape)} and labels {labels.dtype} '
-                                 f'{list(labels.shape)}: expected uint8 [n, 3 R R] and whole numbers [n]')
-            for i, row in enumerate(pixels):
-                yield f'{f.name}[{i}]', row.reshape(3, side, side).transpose(1, 2, 0), int(labels[i]) - 1
-    return sum(counts), images()
+            yield from read_rows(f.name, batch['data'], [label - 1 for label in batch['labels'].tolist()])
+    elif source.is_dir():  # the sorted top-level sub-folders are the classes, if there is more than one
+        files = sorted(f for f in source.rglob('*') if f.suffix.lower() in IMAGE_TYPES)
+        tops = [f.relative_to(source).parts[:-1][:1] for f in files]  # () for an image outside the sub-folders
+        classes = {top: i for i, top in enumerate(sorted(set(tops) - {()}))}
+        for f, top in zip(files, tops):
+            yield f, f, classes.get(top, 'missing') if len(classes) > 1 else None
+    elif zipfile.is_zipfile(source):  # EDM's, whose dataset.json has {"labels": [[name, label], ...]} or null
+        archive, labels = zipfile.ZipFile(source), {}
+        if 'dataset.json' in archive.namelist():
+            labels = dict(json.loads(archive.read('dataset.json')).get('labels') or {})
+        for name in sorted(n for n in archive.namelist() if Path(n).suffix.lower() in IMAGE_TYPES):
+            yield name, archive.open(name), labels.get(name, 'missing') if labels else None
+    elif tarfile.is_tarfile(source):  # CIFAR-10, the binary version: there is no pickle in it
+        with tarfile.open(source) as tar:
+            members = {Path(m.name).name: m for m in tar if m.isfile() and m.size < 1 << 26}
+            for name in (f'data_batch_{i}.bin' for i in range(1, 6)):
+                if name not in members:
+                    raise ValueError(f'no {name}: this is not cifar-10-binary.tar.gz, which the word cifar10 fetches')
+                rows = np.frombuffer(tar.extractfile(members[name]).read(), np.uint8).reshape(-1, 3073)
+                if rows[:, 0].max() > 9:
+                    raise ValueError(f'label {rows[:, 0].max()} in {name}: expected 0 to 9')
+                yield from read_rows(name, rows[:, 1:], rows[:, 0].tolist())  # one label and 3072 pixels each
+    else:
+        raise ValueError('neither a folder, a whole zip nor a CIFAR-10 tarball (truncated?)')
 
 
-def read_zip(path):
-    """An EDM zip: images, and dataset.json with {"labels": [[name, label], ...]} or null."""
-    archive = zipfile.ZipFile(path)
-    names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in IMAGE_TYPES)
-    labels = None
-    if 'dataset.json' in archive.namelist():
-        if archive.getinfo('dataset.json').file_size > 1 << 30:
-            raise ValueError('dataset.json of more than 1 GiB')
-        labels = json.loads(archive.read('dataset.json')).get('labels')
-    labels = None if labels is None else dict(labels)
-    if labels is not None and set(names) - set(labels):
-        raise ValueError(f'dataset.json has no label for {sorted(set(names) - set(labels))[0]}')
-    return len(names), ((n, archive.open(n), labels and labels[n]) for n in names)
+def decode(name, image, resolution):
+    """Path, file or uint8 [H, W, 3] -> (RGB uint8 [H, W, 3], the mode that it had). Raises ValueError.
 
-
-def read_folder(path):
-    """Images below a folder; the sorted top-level sub-folders, if more than one, are the classes (ILSVRC: wnids)."""
-    files = sorted(f for f in Path(path).rglob('*') if f.suffix.lower() in IMAGE_TYPES)
-    tops = sorted({f.relative_to(path).parts[0] for f in files if f.parent != Path(path)})
-    classes = {top: i for i, top in enumerate(tops)} if len(tops) > 1 else None
-    if classes and any(f.parent == Path(path) for f in files):
-        raise ValueError('there are images both in class folders and beside them')
-    return len(files), ((str(f), f, classes and classes[f.relative_to(path).parts[0]]) for f in files)
-
-
-def decode(name, image, resolution, converted):
-    """File, path or array -> uint8 [R, R, 3]: RGB; centre crop to a square, then Lanczos (EDM's `center-crop`)."""
-    if not isinstance(image, np.ndarray):
-        try:
-            image = Image.open(image)
-            image.load()
-        except Exception as error:  # whatever a damaged image, or its archive, can provoke
-            raise ValueError(f'cannot read {name}: {error}') from None
-        if image.mode not in ('RGB', 'L', 'LA', 'RGBA', 'P', 'CMYK', '1'):
-            raise ValueError(f'{name} has mode {image.mode}: convert it to 8-bit RGB')
-        if getattr(image, 'n_frames', 1) > 1:
-            converted['animations, first frame'] += 1
-        if image.mode != 'RGB':
-            converted[image.mode] += 1
-            image = image.convert('RGB')
-    height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
-    if resolution is None and height != width:
-        raise ValueError(f'{name} is {width}x{height}, not square: give --resolution to crop and resize')
-    if resolution not in (None, height) or height != width:
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
+    With a resolution: centre crop to a square, then Lanczos, as EDM's `center-crop` does.
+    """
+    try:
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image)
+        image.load()
+    except Exception as error:  # whatever a damaged image, or its archive, can provoke
+        raise ValueError(f'cannot read {name}: {error}') from None
+    mode = image.mode
+    if mode not in ('RGB', 'L', 'LA', 'RGBA', 'P', 'CMYK', '1'):
+        raise ValueError(f'{name} has mode {mode}: convert it to 8-bit RGB')
+    image = image.convert('RGB')
+    if resolution:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side)).resize([resolution] * 2, Image.Resampling.LANCZOS)
-    return np.asarray(image)
+    return np.asarray(image), mode
 
 
 def prepare(source, dest, resolution=None, use_labels=True):
-    """Make a prepared folder at `dest` from `source`; nothing stands at `dest` until it is whole. Prints progress.
-
-    Raises OSError or ValueError in one line, leaving nothing behind, for whatever is wrong with the source or the disk.
-    """
+    """Make a prepared folder at `dest` from `source`, whole or not at all. Raises OSError or ValueError in one line."""
     dest = Path(dest)
     if dest.exists():
         raise FileExistsError(f'{dest} exists already: remove it first, or name another place')
     if str(source) == 'cifar10':
         source = download(CIFAR10_URL, dest.parent / CIFAR10_URL.rsplit('/', 1)[-1], md5=CIFAR10_MD5)
-    source = Path(source)
-    if not source.exists():
-        raise FileNotFoundError(f'{source} not found')
     temporary = dest.with_name(f'.{dest.name}.partial')
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    labels, modes, side = [], [], None
     try:
-        if source.is_dir():
-            count, images = read_npz(source) if any(source.glob('*.npz')) else read_folder(source)
-        elif zipfile.is_zipfile(source):
-            count, images = read_zip(source)
-        elif tarfile.is_tarfile(source):
-            count, images = read_cifar10(source)
-        else:
-            raise ValueError('neither a folder, a whole zip nor a CIFAR-10 tarball (truncated?)')
-        if not count:
-            raise ValueError('no images')
-        labels, converted, side = [], collections.Counter(), resolution
         with open(temporary / 'images.npy', 'wb') as f:  # not a memmap: on a full disk that would die of SIGBUS
-            for i, (name, image, label) in enumerate(images):
-                pixels = decode(name, image, resolution, converted)
-                if i == 0:
-                    side = pixels.shape[0]
-                    np.lib.format.write_array_header_1_0(
-                        f, dict(descr='|u1', fortran_order=False, shape=(count, side, side, 3)))
-                if pixels.shape != (side, side, 3):
-                    raise ValueError(f'{name} is {pixels.shape[1]}x{pixels.shape[0]} where others are {side}x{side}: '
-                                     'give --resolution to make them equal')
-                if use_labels and label is not None:
+            f.write(bytes(128))  # the place of the header
+            for name, image, label in read_images(Path(source)):
+                pixels, mode = decode(name, image, resolution)
+                height, width, _ = pixels.shape
+                side = side or height
+                if not width == height == side:
+                    raise ValueError(f'{name} is {width}x{height}, not {side}x{side}: give --resolution to resize')
+                if label is not None and use_labels:
                     if type(label) is not int or not 0 <= label < MAX_CLASSES:
-                        raise ValueError(f'label {label!r} of {name} is out of range: expected a class number from 0')
+                        raise ValueError(f'label {label!r} of {name}: expected a class number, or --no-labels')
                     labels.append(label)
-                f.write(np.ascontiguousarray(pixels).data)
-                if (i + 1) % 10_000 == 0:
-                    print(f'  {i + 1} of {count} images', flush=True)
+                f.write(pixels.tobytes())
+                modes.append(mode)
+                if len(modes) % 10_000 == 0:
+                    print(f'  {len(modes)} images', flush=True)
+            if not modes or len(labels) not in (0, len(modes)):
+                raise ValueError(f'{len(modes)} images, {len(labels)} labels: expected labels for all or none')
+            f.seek(0)
+            shape = (len(modes), side, side, 3)
+            np.lib.format.write_array_header_1_0(f, dict(descr='|u1', fortran_order=False, shape=shape))
             f.flush()
             os.fsync(f.fileno())
-        if len(labels) not in (0, count):
-            raise ValueError(f'{len(labels)} of {count} images have a label: give all, none, or --no-labels')
         if labels:
             np.save(temporary / 'labels.npy', np.array(labels, np.int64))
         os.replace(temporary, dest)
     except Exception as error:  # whatever a damaged or hostile source can provoke; told in one line, never hidden
-        told = isinstance(error, (OSError, ValueError))
-        kind = '' if told else f'{type(error).__name__}, damaged or not what it seems? '
+        kind = '' if isinstance(error, (OSError, ValueError)) else f'damaged? {type(error).__name__}: '
         raise ValueError(f'cannot prepare {source}: {kind}{error}') from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    note = f' ({", ".join(f"{n} from {mode}" for mode, n in converted.items())} to RGB)' if converted else ''
-    print(f'{dest}: {count} images {side}x{side}{note}, {len(set(labels)) or "no"} classes')
+    origin = ', '.join(f'{n} from {mode}' for mode, n in collections.Counter(modes).items())
+    print(f'{dest}: {len(modes)} images {side}x{side} ({origin}), {len(set(labels)) or "no"} classes')
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest='command', required=True)
-    p = commands.add_parser('prepare', help='make a prepared folder')
+    p = parser.add_subparsers(required=True).add_parser('prepare', help='make a prepared folder')
     p.add_argument('source', help='zip, folder, tarball, or the word cifar10 to fetch it')
     p.add_argument('dest', help='folder to make')
     p.add_argument('--resolution', type=int, help='centre crop to a square and resize (Lanczos) to this side')
     p.add_argument('--no-labels', action='store_true', help='leave the labels out')
-    p = commands.add_parser('grid', help='write a picture of a dataset')
-    p.add_argument('dataset', help='shapes, or a prepared folder')
-    p.add_argument('dest', help='PNG to write')
     args = parser.parse_args(argv)
-    try:
-        if args.command == 'prepare':
-            if args.resolution is not None and not 1 <= args.resolution <= 4096:
-                raise ValueError(f'--resolution {args.resolution}: expected 1 to 4096')
-            prepare(args.source, args.dest, args.resolution, not args.no_labels)
-        else:
-            dataset = Shapes() if args.dataset == 'shapes' else Folder(args.dataset)
-            save_grid(dataset.images(np.arange(min(100, len(dataset)))), args.dest)
-    except (OSError, ValueError) as error:
-        sys.exit(f'data.py: {error}')
+    with clear_errors('data.py'):
+        prepare(args.source, args.dest, args.resolution, not args.no_labels)
 
 
 if __name__ == '__main__':

@@ -7,63 +7,76 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 os.environ['ONEDNN_MAX_CPU_ISA'] = 'AVX512_CORE_FP16'  # some virtual machines advertise AMX and trap it
 os.environ['CUDA_VISIBLE_DEVICES'] = ''
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ['PYTHONPATH'] = str(ROOT)
+os.environ['PYTHONPATH'] = f'{ROOT}{os.pathsep}{ROOT / "tests"}'
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import data  # noqa: E402
+import edm_nets  # noqa: E402
 
 torch.set_num_threads(1)  # as in the processes that are started
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1')
-TEACHER = ['--kimg', '1', '--batch', '32', '--channels', '8', '--channel-mult', '1', '2', '--status-kimg', '0.25',
-           '--snapshot-kimg', '0.25']
+SCRIPTS = {  # the four training loops, with the flags of a run of six steps that takes a second or two
+    'edm_nets': 'train --cond 1 --channels 8 --channel-mult 1 1 --blocks 1 --attention 8 --lr 1e-3 --rampup-kimg 0.1',
+    'disback': '--nodes 2 --degrade-kimg 0.064 --node-kimg 0.05 --lr 1e-4 --fake-lr 1e-4 --eval-images 0',
+    'teacher_free': '--warmup-kimg 0.096 --draws 2 --lr 1e-4 --ratio-lr 1e-4 --eval-images 0',
+    'distributional': '--backbones energy --freeze 1 --r1-interval 4 --lr 1e-4 --d-lr 1e-4 --eval-images 0'}
+STEPS = '--batch 32 --kimg 0.192 --status-kimg 0.032 --snapshot-kimg 0.064'
 
 
-def run(*command, processes=1, path=None):
-    """A command as a user types it: a script of the project with its arguments, or python's own arguments.
+def quick_heun(net, z, labels, num_steps, heun=edm_nets.heun, **more):
+    """Three steps instead of eighteen, for the pictures that the scripts draw with a teacher."""
+    return heun(net, z, labels, min(num_steps, 3), **more)
 
-    Scripts run inside this process, which saves the import of torch; several processes, and whatever is not a script,
-    run apart. `path` is added to the Python path.
-    """
+
+def run(*command, processes=1, path=ROOT):
+    """A command as a user types it: a script of the project and its arguments, run inside this process, which saves the
+    import of torch; or python's own arguments, run apart, as are several processes with `path` on the Python path."""
     command = [str(part) for part in command]
     if processes == 1 and Path(command[0]).parent == ROOT:
         module, output, errors, code = importlib.import_module(Path(command[0]).stem), io.StringIO(), io.StringIO(), 0
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), \
+                mock.patch('edm_nets.heun', quick_heun):
             try:
                 module.main(command[1:])
             except SystemExit as stop:
                 code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-                print(stop.code if isinstance(stop.code, str) else '', file=sys.stderr)
+                errors.write(f'{stop.code}\n' if isinstance(stop.code, str) else '')
         return subprocess.CompletedProcess(command, code, output.getvalue(), errors.getvalue())
     launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
-    env = dict(ENV, PYTHONPATH=f'{path or ""}{os.pathsep}{ROOT}')
+    env = dict(ENV, PYTHONPATH=f'{path}{os.pathsep}{ENV["PYTHONPATH"]}')
     return subprocess.run([sys.executable, *launcher, *command], env=env, capture_output=True, text=True, timeout=200)
 
 
-def weights(path):
-    return torch.load(path, weights_only=True)['net']
-
-
-def distance(a, b):
-    """Relative distance of two sets of weights."""
-    return float(sum((a[k] - b[k]).square().sum() for k in a).sqrt() / sum(a[k].square().sum() for k in a).sqrt())
-
-
 @pytest.fixture(scope='session')
-def runs(tmp_path_factory):
-    """A folder with a tiny teacher on shapes, teacher/teacher-000001.pt."""
-    folder = tmp_path_factory.mktemp('runs')
-    done = run(ROOT / 'edm_nets.py', 'train', '--dataset', 'shapes', *TEACHER, '--out', folder / 'teacher')
-    assert done.returncode == 0, done.stderr
-    return folder
+def command(tmp_path_factory):
+    """command(script, out, more) is the command of a tiny run on `shapes`, command(script, out, more, classes) of one of
+    two steps on the prepared folder data3, or data0, without labels. In `command.folder` are these, and a teacher for
+    each, teacherNone, teacher0 and teacher3. Of the same flag twice the second counts."""
+    def command(script, out, more='', classes=None):
+        flags = f'{SCRIPTS[script]} {STEPS} --out {out} '
+        if classes is not None:
+            flags += f'--dataset cifar10 --data {command.folder}/data{classes} --kimg 0.064 '
+        if script != 'edm_nets':
+            flags += f'--features pixels --teacher {command.folder}/teacher{classes}/teacher-000000.pt '
+        return [ROOT / f'{script}.py', *f'{flags} {more}'.split()]
+    command.folder = folder = tmp_path_factory.mktemp('command')
+    for name in ('data0', 'data3'):
+        (folder / name).mkdir()
+        np.save(folder / name / 'images.npy', data.Shapes(64).images(np.arange(64)).permute(0, 2, 3, 1))
+    np.save(folder / 'data3' / 'labels.npy', np.arange(64) % 3)
+    for classes, more in (None, '--kimg 0.5 --snapshot-kimg 9'), (0, ''), (3, ''):
+        assert run(*command('edm_nets', folder / f'teacher{classes}', more, classes)).returncode == 0
+    return command
 
 
 @pytest.fixture(autouse=True)
@@ -76,15 +89,3 @@ def seeded():
 def few_shapes(monkeypatch):
     """`shapes` of 2,000 images instead of 50,000, for scripts inside this process: a reference of scores in no time."""
     monkeypatch.setattr(data.Shapes.__init__, '__defaults__', (2_000, 0))
-
-
-@pytest.fixture(scope='session')
-def unlabelled(tmp_path_factory):
-    """The flags for a run on a folder of images without labels, and its unconditional teacher."""
-    folder = tmp_path_factory.mktemp('unlabelled')
-    np.save(folder / 'images.npy', np.random.default_rng(0).integers(0, 256, [64, 16, 16, 3], dtype=np.uint8))
-    flags = ['--dataset', 'cifar10', '--data', folder, '--batch', '32', '--kimg', '0.064']
-    done = run(ROOT / 'edm_nets.py', 'train', *flags, '--channels', '8', '--channel-mult', '1', '2', '--blocks', '1',
-               '--attention', '8', '--rampup-kimg', '0.1', '--out', folder / 'teacher')
-    assert done.returncode == 0, done.stderr
-    return [*flags, '--teacher', folder / 'teacher' / 'teacher-000000.pt']

@@ -1,13 +1,17 @@
-"""Whole runs as a user starts them: one and two processes, accumulation, kill and resume, damage, bad input."""
+"""Whole runs as a user starts them: folders, processes, kill and resume, damage, refusals, analyses, bad input."""
 
+import argparse
+import functools
+import importlib
 import inspect
+import itertools
 import json
+import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -15,309 +19,387 @@ import pytest
 import torch
 from PIL import Image
 
-import disback
+import data
 import distributional
 import edm_nets
 import teacher_free
-from conftest import ENV, ROOT, distance, run, weights
+from conftest import ROOT, SCRIPTS, run
+from test_distributional import Tiny
+from test_speed import distance, load, status_lines, student, succeed
 
-STUDENT = ['--kimg', '0.64', '--batch', '32', '--nodes', '2', '--degrade-kimg', '0.128', '--node-kimg', '0.1', '--lr',
-           '1e-4', '--fake-lr', '1e-4', '--status-kimg', '0.064', '--snapshot-kimg', '0.128', '--eval-images', '0']
+METHODS = ['disback', 'teacher_free', 'distributional']
+every_script = pytest.mark.parametrize('script', SCRIPTS)
+TEACHER = 'teacherNone/teacher-000000.pt'
+QUARTERS = np.full([2, 2], 0.25, np.float32).tobytes()  # the one tensor that is known beforehand, a resample_filter
+
+
+def fail(message, *command):
+    """A command ends with this message, in one line, to which argparse adds the usage."""
+    done = run(*command)
+    assert done.returncode and message in done.stderr and 'Traceback' not in done.stderr, done.stderr
+    assert done.returncode == 2 or done.stderr.count('\n') == 1, done.stderr
+
+
+def checksum(content):
+    """Of tensors in dictionaries and lists, of every bit."""
+    return hash(json.dumps(content, sort_keys=True, default=lambda x: [x.shape, x.numpy().tobytes().hex()]))
+
+
+def outcome(out):
+    """Checksums of all networks, optimizers and losses that a run has left: equal runs have the same."""
+    contents = {path.name: load(path) for path in out.glob('*.pt')}
+    for name in ('latest.pt', 'previous.pt'):
+        del contents[name]['log_bytes']  # the seconds in the log have more or fewer digits
+    contents['losses'] = status_lines(out)
+    for line in contents['losses']:
+        del line['sec_per_kimg'], line['seconds']
+    return {name: checksum(content) for name, content in contents.items()}
 
 
 @pytest.fixture(scope='module')
-def folder(runs):
-    """The folder with a tiny teacher, and one undisturbed run."""
-    folder = runs
-    done = run(ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder), '--out', folder / 'plain')
-    assert done.returncode == 0, done.stderr
-    return folder
+def finished(command, tmp_path_factory):
+    """finished(script) is the folder of an undisturbed run on `shapes`, which is made when it is first asked for."""
+    @functools.cache
+    def finished(script):
+        out = tmp_path_factory.mktemp(script)
+        succeed(*command(script, out))
+        return out
+    return finished
 
 
-def teacher(folder):
-    return folder / 'teacher' / 'teacher-000001.pt'
+@pytest.mark.parametrize('script, files, losses', [
+    ('edm_nets', 'teacher-000000.pt', 'loss'),
+    ('disback', 'student-000000.pt path-00.pt path-01.pt path-02.pt summary.png', 'student_loss fake_loss mismatch'),
+    ('teacher_free', 'student-000000.pt summary.png', 'student_loss ratio_loss log_ratio_real log_ratio_fake'),
+    ('distributional', 'student-000000.pt summary.png', 'student_loss discriminator_loss real_logit fake_logit')])
+def test_the_run_folder(script, files, losses, finished):
+    """Which files there are, what is in the one for users, and the name of every loss on every line of the log."""
+    always, out = 'config.json stats.jsonl latest.pt previous.pt grid-000000.png', finished(script)
+    assert {path.name for path in out.iterdir()} == {*always.split(), *files.split()}
+    content, sigma_init = load(out / files.split()[0]), None if script == 'edm_nets' else 2.5
+    ratio_net = {'ratio_net', 'ratio_net_kwargs'} if script == 'teacher_free' else set()
+    assert set(content) == {'net', 'net_kwargs', 'sigma_init', 'dataset', 'kimg'} | ratio_net
+    assert (content['sigma_init'], content['dataset'], content['kimg']) == (sigma_init, 'shapes', 0.192)
+    first, *lines = status_lines(out)
+    lines = [line for line in lines if line['kimg']]
+    assert [line['kimg'] for line in lines] == [0.032, 0.064, 0.096, 0.128, 0.16, 0.192] and first['kimg'] == 0
+    assert all({'sec_per_kimg', *losses.split()} <= set(line) for line in lines)
+    assert {'disback': 'degradation_loss', 'teacher_free': 'ratio_loss'}.get(script, 'kimg') in first
 
 
-def test_the_run_folder(folder):
-    assert {'config.json', 'stats.jsonl', 'latest.pt', 'previous.pt', 'student-000000.pt', 'grid-000000.png',
-            'summary.png', 'path-00.pt', 'path-01.pt', 'path-02.pt'} == set(os.listdir(folder / 'plain'))
-    content = torch.load(folder / 'plain' / 'student-000000.pt', weights_only=True)
-    assert content['kimg'] == 0.64 and content['dataset'] == 'shapes' and content['sigma_init'] == 2.5
-    assert edm_nets.load(folder / 'plain' / 'student-000000.pt').sigma_init == 2.5
-    assert torch.load(teacher(folder), weights_only=True)['sigma_init'] is None
-    lines = [json.loads(line) for line in open(folder / 'plain' / 'stats.jsonl')]
-    always = {'kimg', 'sec_per_kimg', 'node', 'mismatch', 'mismatch_teacher'}
-    assert all(always <= set(line) for line in lines)
-    assert lines[-1]['kimg'] == 0.64 and {'fake_loss', 'student_loss'} <= set(lines[-1])
-    assert [line['node'] for line in lines if line['kimg'] > 0][0] == 1 and lines[-1]['node'] == 0
-    again = run(ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder), '--out', folder / 'plain')
-    assert again.returncode == 0 and 'complete' in again.stdout
-    assert [json.loads(line) for line in open(folder / 'plain' / 'stats.jsonl')] == lines
+@every_script
+def test_the_command_of_a_complete_run_changes_nothing(script, finished, command):
+    before = {path.name: path.read_bytes() for path in finished(script).iterdir()}
+    assert 'is complete at 0.192 kimg' in succeed(*command(script, finished(script)))
+    assert {path.name: path.read_bytes() for path in finished(script).iterdir()} == before
 
 
-def test_the_path(folder):
-    """Node 0 is the teacher to the bit; degradation moves on from it; the student did not move meanwhile."""
-    nodes = [weights(folder / 'plain' / f'path-0{i}.pt') for i in range(3)]
-    start = weights(teacher(folder))
-    assert distance(start, nodes[0]) == 0 and all(torch.equal(start[k], nodes[0][k]) for k in start)
-    assert 0 < distance(start, nodes[1]) < distance(start, nodes[2])
-
-
-def test_processes_and_accumulation_agree(folder):
-    """20 student steps after 4 degradation steps: the same within 1e-4, while training moves the weights by more."""
-    command = [ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder), '--out', folder / 'split']
-    done = run(*command, '--batch-gpu', '8', processes=2)  # two rounds each
-    assert done.returncode == 0, done.stderr
-    start, one, two = (weights(path) for path in (
-        teacher(folder), folder / 'plain' / 'student-000000.pt', folder / 'split' / 'student-000000.pt'))
-    assert distance(one, two) < 1e-4 and distance(start, one) > 1e-3, (distance(one, two), distance(start, one))
-
-
-def test_without_nodes_it_is_plain_distillation(folder):
-    """--nodes 0, by definition, does not depend on the flags of the path, bit for bit; on the seed it does."""
-    common = [ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder), '--kimg', '0.128', '--nodes', '0']
-    assert run(*common, '--out', folder / 'zero').returncode == 0
-    assert run(*common, '--out', folder / 'zero2', '--degrade-kimg', '9', '--node-kimg', '7').returncode == 0
-    assert run(*common, '--out', folder / 'seed', '--seed', '1').returncode == 0
-    a, b, seed = (weights(folder / name / 'student-000000.pt') for name in ('zero', 'zero2', 'seed'))
-    assert all(torch.equal(a[k], b[k]) for k in a) and distance(a, seed) > 1e-4
-
-
-KILL_IN_A_WRITE = '''
-import os, signal, sys, torch, disback
-left, real = int(sys.argv[1]), torch.save
-def save(obj, f):
-    global left
-    left -= 1
-    if left == 0:
-        f.write(b"half a file")
-        f.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(obj, f)
-torch.save = save
-disback.main(sys.argv[2:])
+IN_TURN = '''
+import importlib, json, os, sys, time
+import torch.distributed as dist
+import conftest, edm_nets
+edm_nets.heun, dist.destroy_process_group = conftest.quick_heun, lambda: None
+for script, *argv in json.loads(sys.argv[1]):
+    print('now', time.time(), flush=True)
+    importlib.import_module(script).main(argv + ['--batch', str(32 - int(os.environ['RANK']))] * ('fails' in str(argv)))
 '''
 
 
-def test_kill_and_resume_bit_for_bit(folder):
-    """SIGKILL while training and in a checkpoint write, SIGTERM; the same command ends with the same bits."""
-    command = [*STUDENT, '--teacher', str(teacher(folder)), '--out', str(folder / 'killed')]
-    kills = 0
-    for lines, number in ((2, signal.SIGKILL), (6, signal.SIGTERM)):  # sent when stats.jsonl has so many lines
-        process = subprocess.Popen([sys.executable, str(ROOT / 'disback.py'), *command], env=ENV, text=True,
-                                   stdout=subprocess.PIPE)
-        log = folder / 'killed' / 'stats.jsonl'
-        while process.poll() is None and not (log.exists() and len(open(log).readlines()) >= lines):
-            time.sleep(0.005)
-        kills += process.poll() is None
-        process.send_signal(number)
-        output = process.communicate()[0]
-    assert process.returncode == 0 and 'stopped at' in output  # SIGTERM: a checkpoint of the step it came in
-    kills += run('-c', KILL_IN_A_WRITE, 3, *command).returncode == -9  # half-way through the third file written
-    assert kills >= 2
-    done = run(ROOT / 'disback.py', *command)
-    assert done.returncode == 0 and ('resuming' in done.stdout or 'complete' in done.stdout), done.stderr
-    plain, killed = (weights(folder / name / 'student-000000.pt') for name in ('plain', 'killed'))
-    assert all(torch.equal(plain[k], killed[k]) for k in plain)
-    stats = [list(map(json.loads, open(folder / name / 'stats.jsonl'))) for name in ('plain', 'killed')]
-    for line in stats[0] + stats[1]:
-        del line['sec_per_kimg'], line['seconds']
-    assert len(stats[0]) <= len(stats[1]) <= len(stats[0]) + 1 and stats[0][-1] == stats[1][-1]
-    assert len([line for line in stats[1] if line not in stats[0]]) <= 2  # that of SIGTERM, and the one it shortens
+@pytest.fixture(scope='module')
+def two(command, tmp_path_factory):
+    """What two processes have done, all in one start, the last with an error on one of them; in `two.folder`."""
+    folder = tmp_path_factory.mktemp('two')
+    lines = [command(script, folder / script, '--batch-gpu 8 --snapshot-kimg 9') for script in SCRIPTS]
+    lines += [command(script, folder / f'{script}0', '--eval-images 20', 0) for script in METHODS[1:]]
+    score = f'score --net {folder}/teacher_free0/student-000000.pt --data {command.folder}/data0 --num 60'
+    score = [ROOT / 'fid.py', *f'{score} --dataset cifar10 --features pixels --batch'.split()]
+    lines += [[*score, '17'], command('disback', folder / 'fails')]
+    (folder / 'in_turn.py').write_text(IN_TURN)
+    two = run(folder / 'in_turn.py', json.dumps([[line[0].stem, *map(str, line[1:])] for line in lines]), processes=2)
+    two.folder, two.score, two.seconds = folder, score, time.time() - float(two.stdout.rsplit('now', 1)[1].split()[0])
+    return two
 
 
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(folder):
-    command = [ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder), '--out', folder / 'damaged']
-    shutil.copytree(folder / 'plain', folder / 'damaged')
-    latest = folder / 'damaged' / 'latest.pt'
-    content = latest.read_bytes()
-    tensor = torch.load(latest, weights_only=True)['student']['model.map_layer1.weight']
-    middle = content.index(tensor.numpy().tobytes()) + 100  # not in the padding between tensors
-    for damage in (content[:len(content) // 2], content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:],
-                   teacher(folder).read_bytes()):
-        latest.write_bytes(damage)
-        (folder / 'damaged' / 'student-000000.pt').unlink()
-        done = run(*command)
-        assert done.returncode == 0 and 'latest.pt is damaged' in done.stdout and 'resuming' in done.stdout
-        plain, mended = (weights(folder / name / 'student-000000.pt') for name in ('plain', 'damaged'))
-        assert all(torch.equal(plain[k], mended[k]) for k in plain)
-    (folder / 'damaged' / 'previous.pt').write_bytes(content[:100])
-    torch.save(dict(a=1), latest)
-    assert 'no whole checkpoint is left' in run(*command).stderr
+@every_script
+def test_processes_and_accumulation_agree(script, finished, two, command):
+    """Two processes with two rounds each end where one process ends; training has moved the weights much farther."""
+    start = finished(script) / 'previous.pt' if script == 'edm_nets' else command.folder / TEACHER
+    start, one = load(start).get('net'), student(finished(script))
+    assert distance(one, student(two.folder / script)) < 1e-4 and distance(one, start) > 1e-3
 
 
-def test_a_full_disk_loses_nothing(folder, tmp_path):
+def test_unlabelled_images_and_scores_on_two_processes(two):
+    """The methods score their students before and after, and fid.py does it as on one process and in other batches."""
+    for script in METHODS[1:]:
+        scores = [line for line in status_lines(two.folder / f'{script}0') if 'images' in line]
+        assert [(line['kimg'], line['images']) for line in scores] == [(0, 20), (0.064, 20)]
+    values = [re.findall('pixel-FD ([0-9.]+)  images 60', out) for out in (two.stdout, succeed(*two.score, '60'))]
+    assert float(values[0][0]) == pytest.approx(float(values[1][0]), rel=1e-3)
+
+
+def test_an_error_on_one_rank_ends_the_run_on_all(two):
+    """Here the ranks even have different batches, one of which cannot be shared out."""
+    assert two.returncode == 1 and 'disback.py: --batch 31 is not a multiple of the 2 processes' in two.stderr
+    assert two.seconds < 60
+
+
+def die(command, moment, count):
+    """A run that ends itself by SIGKILL when it comes to the moment for the count-th time."""
+    owner, name = dict(step=(torch.optim.Adam, 'step'), write=(torch, 'save'), rename=(os, 'replace'))[moment]
+    calls, real = itertools.count(1), getattr(owner, name)
+
+    def deadly(*args, **kwargs):
+        if next(calls) == count:
+            if moment == 'write':
+                args[1].raw.write(b'half a file')
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    setattr(owner, name, deadly)
+    run(*command)
+
+
+@pytest.mark.parametrize('script, kills', [
+    ('edm_nets', [('step', 6)]),  # the last of six steps; the fourth has left a checkpoint
+    ('disback', [('step', 2), ('step', 17), ('write', 2), ('rename', 6)]),
+    ('teacher_free', [('step', 5), ('step', 18)]),
+    ('distributional', [('step', 12)])])
+def test_kill_and_resume_bit_for_bit(script, kills, command, finished, tmp_path):
+    """SIGKILL in the first stage, where the student rests; in the last step; while a checkpoint is written or renamed.
+
+    The runs that die are copies of a process that has imported all they need.
+    """
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['test_runs'])
+    for kill in kills:
+        process = context.Process(target=die, args=(command(script, tmp_path), *kill))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        if kill in (('step', 2), ('step', 5)):
+            state = load(tmp_path / 'latest.pt')
+            assert state['nimg'] == 0 and checksum(state['student']) == checksum(load(command.folder / TEACHER)['net'])
+    assert 'complete' not in succeed(*command(script, tmp_path))
+    assert outcome(tmp_path) == outcome(finished(script))
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in finished(script).iterdir()}
+
+
+def test_a_projected_discriminator_resumes_bit_for_bit(command, tmp_path, monkeypatch):
+    """With a stand-in for a feature network, stopped in the third step, the one with R1.
+
+    Its fixed random convolutions come from the checkpoint, because another version of torch may draw others.
+    """
+    tiny, projected_head, make_discriminator = Tiny(), distributional.projected_head, distributional.make_discriminator
+    monkeypatch.setattr(distributional, 'feature_network', lambda *_: tiny)
+    monkeypatch.setattr(distributional, 'projected_head', lambda c, size, out: projected_head(c, 8, out))  # small
+    flags = '--backbones vgg unet --batch 4 --batch-gpu 2 --kimg 0.012 --snapshot-kimg 0.008 --r1-interval 2'
+    whole, cut = (command('distributional', tmp_path / name, flags) for name in ('whole', 'cut'))
+    succeed(*whole)
+    with monkeypatch.context() as context:
+        context.setattr(distributional, 'r1_penalty', None)
+        assert "'NoneType' object is not callable" in run(*cut).stderr
+    monkeypatch.setattr(distributional, 'make_discriminator',
+                        lambda *args: torch.manual_seed(1) and make_discriminator(*args))
+    succeed(*cut)
+    assert load(tmp_path / 'cut' / 'latest.pt')['mixing'] and 'r1_penalty' in status_lines(tmp_path / 'cut')[-1]
+    assert outcome(tmp_path / 'whole') == outcome(tmp_path / 'cut')
+
+
+@pytest.mark.parametrize('damage', [
+    lambda content: content[:len(content) // 2], lambda content: content.replace(QUARTERS, b'\1' + QUARTERS[1:], 1),
+    lambda content: b'something else'],
+    ids=['truncated', 'one flipped bit', 'foreign'])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(damage, command, finished, tmp_path):
+    shutil.copytree(finished('disback'), tmp_path / 'run')
+    latest, previous = (tmp_path / 'run' / name for name in ('latest.pt', 'previous.pt'))
+    latest.write_bytes(damage(latest.read_bytes()))
+    assert 'latest.pt is damaged' in succeed(*command('disback', tmp_path / 'run'))
+    assert outcome(tmp_path / 'run') == outcome(finished('disback'))
+    for path in (latest, previous):
+        path.unlink()
+        path.write_bytes(damage((finished('disback') / path.name).read_bytes()))
+    fail('no whole checkpoint is left', *command('disback', tmp_path / 'run'))
+
+
+def test_a_full_disk_loses_nothing(command, finished, tmp_path):
     """A file that does not fit is told of in one line and leaves no part of itself; then there is room again."""
-    command = [ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder), '--out', tmp_path / 'run']
-    fits = [path.stat().st_size for path in (teacher(folder), folder / 'plain' / 'latest.pt')]
+    large, small = ((finished('disback') / name).stat().st_size for name in ('latest.pt', 'path-00.pt'))
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for size in (fits[0] // 2, sum(fits) // 2):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))  # what is longer gets an OSError, as on a full disk
+    for size in (small // 2, (small + large) // 2):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))  # longer files get an OSError, as on a full disk
         try:
-            done = run(*command)
+            fail('cannot write', *command('disback', tmp_path))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        assert done.returncode == 1 and 'cannot write' in done.stderr and done.stderr.count('\n') == 1, done.stderr
-        assert not list((tmp_path / 'run').glob('*.tmp'))
-    assert run(*command).returncode == 0
-    plain, filled = (weights(path / 'student-000000.pt') for path in (folder / 'plain', tmp_path / 'run'))
-    assert all(torch.equal(plain[k], filled[k]) for k in plain)
+        assert not list(tmp_path.glob('*.tmp'))
+    succeed(*command('disback', tmp_path))
+    assert outcome(tmp_path) == outcome(finished('disback'))
 
 
-def test_the_loss_that_diverged_first_is_named(folder, tmp_path, monkeypatch):
-    """A single NaN, among the fake losses: the run stops, and says so; the checkpoint is from before."""
-    calls, real = [], disback.denoising_error
-
-    def sometimes(*args):
-        calls.append(real(*args) * (np.nan if len(calls) == 20 else 1))
-        return calls[-1]
-    monkeypatch.setattr(disback, 'denoising_error', sometimes)
-    done = run(ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder), '--out', tmp_path / 'run', '--nodes', '0')
-    assert done.returncode == 1 and done.stderr.startswith('disback.py: fake_loss is not finite'), done.stderr
-    state = torch.load(tmp_path / 'run' / 'latest.pt', weights_only=True)
-    assert all(x.isfinite().all() for name in ('student', 'ema', 'fake_score') for x in state[name].values())
-
-
-def test_the_teacher_must_stay_the_same(folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(disback.PRESETS['shapes'], 'decay', 0)  # a run whose rate does not fall can be made longer
-    shutil.copy(teacher(folder), tmp_path / 'teacher.pt')
-    command = [ROOT / 'disback.py', *STUDENT, '--teacher', tmp_path / 'teacher.pt', '--out', tmp_path / 'run']
-    assert run(*command, '--kimg', '0.032', '--nodes', '0').returncode == 0
-    shutil.copy(folder / 'plain' / 'path-01.pt', tmp_path / 'teacher.pt')
-    assert 'is not the network that this run began with' in run(*command, '--nodes', '0').stderr
-
-
-RANKS = '''
-import datetime, time, data, edm_nets
-rank, _, _ = edm_nets.setup()
-edm_nets.agree("arguments", dict(lr=1))
-for attempt in (lambda: edm_nets.agree("arguments", dict(lr=rank)), lambda: edm_nets.open_data("shapes", None)):
-    if rank == 1:
-        data.Shapes.__init__.__defaults__ = (50_000, 1)
-    try:
-        attempt()
-    except ValueError as error:
-        print(f"<{rank}: {error}>")
-stop = edm_nets.Stop()
-stop.patience = datetime.timedelta(seconds=1)
-stop()
-if rank == 1:
-    time.sleep(3)
-try:
-    stop()
-except ConnectionError as error:
-    print(f"<{rank}: {error}>")
-'''
+@pytest.mark.parametrize('script, may_change', [
+    ('edm_nets', set()), ('disback', set()), ('teacher_free', {'best_of', 'verifier'}),
+    ('distributional', {'features_dir', 'teacher_student_fd', 'activations'})])
+def test_another_value_of_any_flag_is_refused_by_name(script, may_change, finished, command, monkeypatch):
+    """But for those that change no result. The flags are all that the script hands over, so none can be forgotten."""
+    calls, load_checkpoint, accepted = [], data.load_checkpoint, data.MAY_CHANGE | may_change | {'out'}
+    with monkeypatch.context() as context:
+        context.setattr(data, 'load_checkpoint', lambda *a, **b: calls.append((a, b)) or load_checkpoint(*a, **b))
+        succeed(*command(script, finished(script)))
+    monkeypatch.setattr(torch, 'load', functools.cache(torch.load))
+    [((args, parts, *more), fingerprints)] = calls
+    edm_nets.setup()
+    for name, value in vars(args).items():
+        other = value + 1 if isinstance(value, (bool, int, float)) else \
+            f'{value} or another' if value is None or isinstance(value, str) else [*value, 1]
+        changed = argparse.Namespace(**dict(vars(args), **{name: other}))
+        try:
+            load_checkpoint(changed, {}, *more, **fingerprints)
+            assert name in accepted, name
+        except ValueError as error:
+            assert f'holds another run ({name}: ' in str(error) and name not in accepted
 
 
-def test_ranks_that_differ_or_hang_are_named(tmp_path):
-    (tmp_path / 'ranks.py').write_text(RANKS)
-    done = run(tmp_path / 'ranks.py', processes=2)
-    for rank in (0, 1):
-        assert f'<{rank}: rank 1 has other arguments than rank 0 (lr: 0 -> 1)>' in done.stdout, done.stderr
-        assert f'<{rank}: rank 1 has other images than rank 0 (checksum: ' in done.stdout
-    assert '<0: a rank is lost: [Rank 0]: Rank 1 failed' in done.stdout
+@every_script
+def test_moved_inputs_are_accepted_and_others_at_the_same_place_refused(script, command, tmp_path):
+    """And where the learning rate does not fall towards the end, the run may become longer."""
+    line = command(script, tmp_path / 'run', '--gan-weight 3e-3 --loss dmd' if script == 'disback' else '', 3)
+    succeed(*line)
+    assert script != 'disback' or {'gan_loss', 'discriminator_loss'} < set(status_lines(tmp_path / 'run')[-1])
+    shutil.copytree(command.folder / 'data3', tmp_path / 'data')
+    shutil.copytree(command.folder / 'teacher3', tmp_path / 'teacher')
+    images, teacher = tmp_path / 'data' / 'images.npy', tmp_path / 'teacher' / 'teacher-000000.pt'
+    moved = line + ['--data', images.parent] + ['--teacher', teacher] * (script in METHODS)
+    assert 'is complete' in succeed(*moved)
+    succeed(*moved, '--kimg', '0.096')
+    assert [stats['kimg'] for stats in status_lines(tmp_path / 'run')][-2:] == [0.064, 0.096]
+    pixels = np.load(images)
+    np.save(images, 255 - pixels)
+    fail('holds another run (data: ', *moved)
+    if script in METHODS:
+        np.save(images, pixels)
+        shutil.copy(command.folder / 'teacher0' / teacher.name, teacher)
+        fail('holds another run (teacher: ', *moved)
 
 
-def test_restart_keeps_the_old_folder(folder):
-    shutil.copytree(folder / 'plain', folder / 'again')
-    command = [ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder), '--out', folder / 'again', '--lr', '2e-4']
-    assert '--restart' in run(*command).stderr
-    done = run(*command, '--restart', '--kimg', '0.032', '--nodes', '0')
-    assert done.returncode == 0, done.stderr
-    assert set(os.listdir(folder / 'again-before-1')) == set(os.listdir(folder / 'plain'))
-    assert json.loads(open(folder / 'again' / 'stats.jsonl').readlines()[-1])['kimg'] == 0.032
+@pytest.mark.parametrize('script, function, count, poison, message', [
+    ('edm_nets', 'denoising_loss', 3, lambda y: y * np.nan, 'train: loss is not finite'),
+    ('disback', 'denoising_error', 13, lambda y: y * np.nan, 'disback.py: fake_loss is not finite'),
+    ('teacher_free', 'ratio_loss', 11, lambda y: y * np.nan, 'teacher_free.py: ratio_loss is not finite'),
+    ('distributional', 'generator_loss', 3, lambda y: y * np.nan, 'distributional.py: student_loss is not finite'),
+    ('distributional', 'r1_penalty', 1, lambda y: y + (y * 0).sqrt(), 'a weight of discriminator is not finite')])
+def test_what_is_not_finite_is_named_and_not_saved(
+        script, function, count, poison, message, command, tmp_path, monkeypatch):
+    """One loss in the third step, or only a gradient in the last step before a checkpoint."""
+    calls, real = itertools.count(1), getattr(importlib.import_module(script), function)
+    monkeypatch.setattr(f'{script}.{function}',
+                        lambda *args: poison(real(*args)) if next(calls) == count else real(*args))
+    fail(message, *command(script, tmp_path, '--snapshot-kimg 0.16'))
+    state = load(tmp_path / 'latest.pt')
+    assert state['nimg'] == 0 and all(x.isfinite().all() for part in state.values() if isinstance(part, dict)
+                                      for x in part.values() if isinstance(x, torch.Tensor))
 
 
-def test_gan_term_and_dmd_form_run(folder):
-    done = run(ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder), '--out', folder / 'gan', '--kimg', '0.128',
-               '--gan-weight', '3e-3', '--loss', 'dmd', '--fake-updates', '2', '--batch-gpu', '16')
-    assert done.returncode == 0, done.stderr
-    last = json.loads(open(folder / 'gan' / 'stats.jsonl').readlines()[-1])
-    assert {'gan_loss', 'discriminator_loss'} <= set(last)
+def test_the_path_leads_away_from_the_teacher(finished, command):
+    """Node 0 is the teacher to the bit, and the last of the targets."""
+    paths = command.folder / TEACHER, *(finished('disback') / f'path-0{node}.pt' for node in range(3))
+    start, *nodes = (load(path)['net'] for path in paths)
+    assert checksum(nodes[0]) == checksum(start) and 0 < distance(start, nodes[1]) < distance(start, nodes[2])
+    assert [line['node'] for line in status_lines(finished('disback')) if 'node' in line] == [1, 1, 0, 0, 0, 0, 0]
 
 
-def test_prepared_data_with_classes(folder, tmp_path):
-    """A folder of labelled images, as for CIFAR-10: an own teacher, scores, the GAN term on real images."""
-    rng = np.random.default_rng(0)
-    (tmp_path / 'data').mkdir()
-    images = rng.integers(0, 256, [64, 16, 16, 3], dtype=np.uint8)
-    images[:, 0] = 12  # as on many a margin: a variance of zero, or by rounding a little less
-    np.save(tmp_path / 'data' / 'images.npy', images)
-    np.save(tmp_path / 'data' / 'labels.npy', rng.integers(0, 3, 64))
-    common = ['--dataset', 'cifar10', '--data', tmp_path / 'data', '--batch', '32', '--kimg', '0.064']
-    done = run(ROOT / 'edm_nets.py', 'train', *common, '--channels', '8', '--channel-mult', '1', '2', '--blocks', '1',
-               '--attention', '8', '--cond', '1', '--rampup-kimg', '0.1', '--out', tmp_path / 'teacher')
-    assert done.returncode == 0, done.stderr
-    path = tmp_path / 'teacher' / 'teacher-000000.pt'
-    assert torch.load(path, weights_only=True)['net_kwargs']['label_dim'] == 3
-    command = [ROOT / 'disback.py', *common, '--teacher', path, '--features', 'pixels', '--eval-images', '20',
-               '--nodes', '1',
-               '--degrade-kimg', '0.032', '--gan-weight', '3e-3', '--out', tmp_path / 'run']
-    done = run(*command)
-    assert done.returncode == 0 and 'pixel-FD' in done.stdout, done.stderr
-    more = run(*command, '--kimg', '0.096')  # compares with the reference that the first run left
-    assert more.returncode == 0 and 'resuming' in more.stdout and 'pixel-FD' in more.stdout, more.stderr
-    (tmp_path / 'data' / 'images.npy').unlink()
-    assert 'nothing to do' in run(*command).stdout  # a complete run needs neither data nor teacher
+def test_without_nodes_it_is_plain_distillation(command, tmp_path):
+    """By definition --nodes 0 does not depend on the flags of the path, bit for bit; on the seed it does."""
+    for name, more in dict(a='', b='--degrade-kimg 9 --node-kimg 7', seed='--seed 1').items():
+        succeed(*command('disback', tmp_path / name, f'--kimg 0.064 --nodes 0 {more}'))
+    a, b, seed = (checksum(student(tmp_path / name)) for name in ('a', 'b', 'seed'))
+    assert a == b != seed
 
 
-def test_bad_input_is_one_line(folder, tmp_path):
-    common = [ROOT / 'disback.py', *STUDENT, '--teacher', teacher(folder)]
-    (tmp_path / 'random.pt').write_bytes(b'nothing')
-    for more, message in [
-            (['--out', folder / 'plain', '--lr', '0.5'], 'lr: 0.0001 -> 0.5'),
-            (['--out', tmp_path / 'a', '--batch', '30', '--batch-gpu', '8'], 'not a multiple'),
-            (['--out', tmp_path / 'a', '--batch-gpu', '0'], '--batch-gpu 0: expected a number above 0'),
-            (['--out', tmp_path / 'b', '--teacher', tmp_path / 'random.pt'], 'cannot load'),
-            (['--out', tmp_path / 'c', '--teacher', tmp_path / 'none.pt'], 'no network at'),
-            (['--out', tmp_path / 'd', '--lr', '1e9', '--nodes', '0'], 'diverged'),
-            (['--out', tmp_path / 'e', '--fake-lr', '1e9'], 'a weight of fake_score is not finite'),
-            (['--out', tmp_path / 'b', '--teacher', folder / 'plain' / 'student-000000.pt'], 'no score elsewhere'),
-            *((flags.split(), 'expected a number') for flags in (
-                '--lr nan', '--lr inf', '--kimg nan', '--batch 99999999999999999999', '--seed -1', '--nodes -1',
-                '--student-sigma 0 1e99', '--eval-images -5')),
-            (['--lr', ''], 'invalid float'), (['--eval-images', '9'], 'at least 10')]:
-        done = run(*common, *more)
-        assert done.returncode != 0 and message in done.stderr and 'Traceback' not in done.stderr, (more, done.stderr)
-    assert not (tmp_path / 'd' / 'student-000000.pt').exists()
-    for command, message in [
-            ('edm_nets.py train --channels 6', 'multiple of 4'),
-            ('edm_nets.py train --channel-mult 1 -2', 'expected a number above 0'),
-            ('edm_nets.py train --channel-mult 1 1 1 1 1 1', '16 px cannot be halved 5 times'),
-            ('edm_nets.py sample --net x --seeds 5-3', 'expected one to a million seeds'),
-            ('edm_nets.py sample --net x --seeds 0-99999999999999999999', 'expected one to a million seeds'),
-            ('edm_nets.py sample --net x --seeds 5-', 'invalid parse_seeds value'),
-            ('edm_nets.py sample --net x --steps -1', 'expected a number above 0'),
-            ('edm_nets.py bench --batch-gpu 0', 'expected a number above 0'),
-            ('fid.py score --net x --dataset shapes --batch -3', 'expected a number above 0'),
-            ('fid.py score --net x --dataset nowhere', 'no images.npy'),
-            ('data.py grid nowhere x.png', 'no images.npy')]:
-        script, *more = command.split()
-        done = run(ROOT / script, *more, *(['--out', tmp_path / 'f'] if 'train' in more else []))
-        assert done.returncode and message in done.stderr and 'Traceback' not in done.stderr, (command, done.stderr)
+def test_no_score_of_the_teacher_is_ever_evaluated(command, tmp_path, monkeypatch):
+    """In a whole training no denoiser is called but at sigma_init, where it is the one-step generator: in 6 student
+    steps, for fresh samples of 3 x 2 + 6 ratio updates (another 6 take those of the student step), for 2 grids."""
+    levels, forward = [], edm_nets.EDMPrecond.forward
+    monkeypatch.setattr(edm_nets.EDMPrecond, 'forward', lambda self, x, sigma, *more, **kwargs: levels.extend(
+        sigma.unique().tolist()) or forward(self, x, sigma, *more, **kwargs))
+    line = command('teacher_free', tmp_path, '--snapshot-kimg 9 --ratio-updates 2')
+    teacher_free.train(teacher_free.parse_args(line[1:]))
+    assert levels == [2.5] * (6 + 3 * 2 + 6 + 2)
 
 
-def test_sample_and_score(folder, tmp_path):
-    student = folder / 'plain' / 'student-000000.pt'
-    sample = [ROOT / 'edm_nets.py', 'sample', '--seeds', '0-8', '--out', tmp_path / 'grid.png', '--net']
-    for nets, size in ([student], (144, 144)), ([teacher(folder), student], (432, 128)):  # a title above each row
-        done = run(*sample, *nets)
-        assert done.returncode == 0 and Image.open(tmp_path / 'grid.png').size == size, done.stderr
-    score = [ROOT / 'fid.py', 'score', '--net', student, '--dataset', 'shapes', '--images', '300']
-    results = [run(*score, '--batch', batch, processes=p) for batch, p in ((250, 1), (17, 2))]
-    values = [float(r.stdout.split('pixel-FD ')[-1].split()[0]) for r in results]
-    assert max(values) / min(values) < 1 + 1e-3 and 'cannot be compared' in results[0].stdout
+def test_single_level_training_and_init(command, tmp_path):
+    """A network of one level is a one-step sampler, and --init single-level starts there."""
+    succeed(*command('edm_nets', tmp_path / 'single', '--sigma 2.5 --kimg 0.032'))
+    path = tmp_path / 'single' / 'teacher-000000.pt'
+    more = f'--init single-level --single-level {path} --kimg 0.032 --lr 1e-9'
+    succeed(*command('teacher_free', tmp_path / 'run', more))
+    assert load(path)['sigma_init'] == 2.5 and distance(load(path)['net'], student(tmp_path / 'run')) < 1e-4
 
 
-def test_copies_are_identical():
-    """The helpers that every script repeats are the same text everywhere."""
-    for name in ('setup', 'rank_slices', 'sync_last', 'make_autocast', 'check_numbers', 'print0',
-                 'is_due', 'update_ema', 'Means', 'check_finite', 'Stop', 'agree', 'open_run', 'save_checkpoint',
-                 'load_checkpoint', 'start_log', 'log_status'):
-        for script in (disback, teacher_free, distributional):
-            assert inspect.getsource(getattr(edm_nets, name)) == inspect.getsource(getattr(script, name)), name
-    assert inspect.getsource(edm_nets.rank0_first) == inspect.getsource(distributional.rank0_first)
-    assert inspect.getsource(disback.draw_noise) == inspect.getsource(distributional.draw_noise)
-    for name in ('draw_noise', 'open_both'):
-        assert inspect.getsource(getattr(distributional, name)) == inspect.getsource(getattr(teacher_free, name)), name
+def test_best_of_one_is_the_plain_student(command, tmp_path):
+    more = '--eval-images 40 --ratio-net lightweight --weight sigma2 --best-of 1 3'
+    succeed(*command('teacher_free', tmp_path, more, 3))
+    _, one, three = (line.split() for line in (tmp_path / 'best-of-resample.txt').read_text().splitlines())
+    assert one[:4] + three[:4] == 'resample, K = 1 resample, K = 3'.split() and one[4:] != three[4:]
+    assert float(one[4]) == pytest.approx(status_lines(tmp_path)[-1]['pixel-FD'], rel=1e-3)
+
+
+def test_frozen_weights_stay_to_the_bit(finished, command):
+    """In the student, its average and the checkpoint; the optimizer has moments for the others alone."""
+    out, before = finished('distributional'), load(command.folder / TEACHER)['net']
+    state, names = load(out / 'latest.pt'), {name for name in before if 'resample_filter' not in name}
+    frozen = {name for name in names if distributional.frozen_by_gdd_i(name)}
+    for after in (state['student'], state['ema'], student(out)):
+        assert {name for name in names if torch.equal(before[name], after[name])} == frozen
+    assert len(state['optimizer']['state']) == len(names) - len(frozen) < len(names)
+    assert [line['kimg'] for line in status_lines(out) if 'r1_penalty' in line] == [0.16]  # every fourth step
+
+
+def test_analyses_of_a_finished_run(command, tmp_path):
+    succeed(*command('distributional', tmp_path, '', 3))
+    succeed(*command('distributional', tmp_path, '--eval-images 20 --teacher-student-fd 2 3 --activations', 3))
+    head, *rows = (line.split() for line in (tmp_path / 'teacher-student-fd.txt').read_text().splitlines())
+    assert head == ['teacher-data', 'student-data', 'teacher-student'] and [row[1] for row in rows] == ['2', '3']
+    assert rows[0][4] == rows[1][4] and rows[0][3] != rows[1][3]  # one student; the teacher's images differ
+    head, *rows = (line.split() for line in (tmp_path / 'activations.txt').read_text().splitlines())
+    assert len(head) == 14 and head[12:] == ['before', 'after']
+    assert len(rows) > 10 and all(max(map(float, row[1:13])) == 1 for row in rows)  # relative to the largest
+
+
+def test_sample_draws_one_network_or_several(finished, command, tmp_path):
+    nets = [command.folder / TEACHER, finished('disback') / 'student-000000.pt']
+    for some in (nets[1:], nets):
+        succeed(ROOT / 'edm_nets.py', 'sample', '--seeds', '0', '8', '--out', tmp_path / 'grid.png', '--net', *some)
+        assert Image.open(tmp_path / 'grid.png').size == (9 * 48, len(some) * (16 + 48))  # a title above each row
+
+
+BAD_INPUT = {
+    'expected a number above 0': ['disback --batch-gpu 0', 'disback --lr nan', 'edm_nets --channel-mult 1 -2',
+                                  'fid.py score --net x --dataset shapes --batch -3'],
+    'must not be negative': ['disback --nodes -1', 'teacher_free --warmup-kimg -1'],
+    'non-negative': ['disback --seed -1'], 'expected at least 10': ['disback --eval-images 9'],
+    'lr: 0.0001 -> 0.5': ['disback --out {run} --lr 0.5'],
+    'is not finite': ['disback --student-sigma 0 1e99', 'disback --lr 1e30'],
+    'it has no other score': ['disback --teacher {run}/student-000000.pt'],
+    'no network at x.pt': ['disback --teacher x.pt', 'edm_nets.py sample --net x.pt',
+                           'teacher_free --init single-level --single-level x.pt'],
+    'cannot load': ['disback --teacher {bad}/images.npy'], 'cannot use': ['edm_nets --dataset ffhq64 --data {bad}'],
+    '16 px and 4 classes, the data has 16 px and 3 classes': [
+        script + ' --dataset cifar10 --data {data}' for script in ('disback --gan-weight 1', *METHODS[1:])],
+    'are (None, 16, 4), expected (2.5, 16, 4)': ['teacher_free --init single-level --single-level {run}/path-00.pt'],
+    'needs --eval-images': ['teacher_free --best-of 2', 'distributional --teacher-student-fd 2'],
+    'not found: it is at https://': ['distributional --backbones vgg --features-dir .'],
+    '16 px cannot be halved 5 times': ['edm_nets --channel-mult 1 1 1 1 1 1'],
+    'no images.npy in x': ['edm_nets --dataset ffhq64 --data x', 'fid.py score --net x --dataset x --data x'],
+    'is no student': ['edm_nets.py sample --net {run}/path-00.pt --steps 1'], 'cannot prepare': ['data.py prepare x {bad}/x']}
+
+
+@pytest.mark.parametrize('message, line', [(message, line) for message in BAD_INPUT for line in BAD_INPUT[message]])
+def test_bad_input_ends_in_one_line(message, line, command, finished, tmp_path, few_shapes):
+    (tmp_path / 'images.npy').write_bytes(b'nothing')
+    line = line.format(run=finished('disback'), bad=tmp_path, data=command.folder / 'data3')
+    script, *more = line.split()
+    fail(message, *([ROOT / script, *more] if '.py' in script else command(script, tmp_path / 'run', ' '.join(more))))
+
+
+def test_the_small_helpers_are_the_same_text_everywhere():
+    for name, scripts in dict(setup=SCRIPTS, is_due=SCRIPTS, update_ema=SCRIPTS, draw_noise=METHODS).items():
+        assert len({inspect.getsource(getattr(importlib.import_module(script), name)) for script in scripts}) == 1, name

@@ -1,0 +1,131 @@
+"""Tables and curves of finished runs. Folders whose names differ only in `-seed0`, `-seed1`, ... go together.
+
+    python assets/figures.py table RUN_FOLDERS                                       # last scores
+    python assets/figures.py plot RUN_FOLDERS --columns pixel-FD --out curves.png    # scores against images
+"""
+
+import argparse
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+import fid  # noqa: E402
+
+COLUMNS = [*fid.SCORES, 'kimg', 'seconds', 'trained']
+COLORS = ['#1f77b4', '#d62728', '#2ca02c', '#9467bd', '#ff7f0e', '#17becf', '#8c564b', '#7f7f7f']
+WIDTH, HEIGHT, SCALE = 720, 250, 2  # a panel is drawn at twice its size and shrunk, which smooths the lines
+LEFT, RIGHT, TOP, BOTTOM = 60, 170, 24, 24  # margins
+
+
+def by_name(runs):
+    """Run folders -> {name without seed: [folder, ...]}."""
+    groups = {}
+    for out in runs:
+        groups.setdefault(re.sub(r'-seed\d+', '', Path(out).resolve().name), []).append(out)
+    return groups
+
+
+def table(runs):
+    """{name: {column: text}}, means over the seeds and, after ±, sample standard deviations.
+
+    Columns: the last scores, kimg, seconds of training without scoring, millions of trained parameters. Runs that did
+    not reach their --kimg are left out, and the name says so. Raises OSError, ValueError.
+    """
+    rows = {}
+    for name, folders in by_name(runs).items():
+        ends = []
+        for out in folders:
+            lines, config = fid.read_stats(out), json.loads(Path(out, 'config.json').read_text())
+            scores = [line for line in lines if 'images' in line]
+            if scores and lines[-1]['kimg'] >= config['kimg']:
+                ends.append(dict(scores[-1], seconds=sum(line['seconds'] for line in lines),
+                                 trained=config['trained_parameters'] / 1e6))
+        row = rows[name if len(ends) == len(folders) else f'{name} ({len(ends)} of {len(folders)} runs)'] = {}
+        for column in COLUMNS:
+            values = [end[column] for end in ends if column in end]
+            if values:
+                spread = f' ±{np.std(values, ddof=1):.2g}' if len(values) > 1 and np.ptp(values) else ''
+                row[column] = f'{np.mean(values):.4g}{spread}'
+    return rows
+
+
+def ticks(low, high, log):
+    """Round numbers from low to high."""
+    steps = [k * 10. ** e for e in range(-6, 9) for k in (1, 2, 5)]
+    if log:
+        return [step for step in steps if low <= step <= high]
+    step = min(step for step in steps if step >= (high - low) / 6)
+    return np.arange(np.ceil(low / step), high / step + 1e-6) * step
+
+
+def draw_panel(draw, top, column, curves, colors):
+    """Draw {name: [[(x, y), ...] of each run, ...]} below `top`, with a logarithmic y-axis where all y are above 0.
+
+    A thin line is one run of several; a bold line is their mean, drawn where all have the same x.
+    """
+    font = ImageFont.load_default(12 * SCALE)
+    points = np.array([point for runs in curves.values() for run in runs for point in run], float)
+    log = bool((points[:, 1] > 0).all())
+    bend = np.log if log else np.asarray
+    (x_low, low), (x_high, high) = points.min(0), points.max(0)
+    x_high, margin = max(x_high, x_low + 1e-9), max(0.05 * (bend(high) - bend(low)), 1e-9)
+
+    def place(x, y):
+        u = (x - x_low) / (x_high - x_low)
+        v = (bend(high) + margin - bend(y)) / (bend(high) - bend(low) + 2 * margin)
+        return (LEFT + u * (WIDTH - LEFT - RIGHT)) * SCALE, (top + TOP + v * (HEIGHT - TOP - BOTTOM)) * SCALE
+
+    for y in ticks(low, high, log):
+        draw.line([place(x_low, y), place(x_high, y)], fill='#e0e0e0', width=SCALE)
+        draw.text((LEFT * SCALE - 8, place(x_low, y)[1]), f'{y + 0:g}', fill='black', font=font, anchor='rm')
+    for x in ticks(x_low, x_high, False):
+        draw.text((place(x, low)[0], (top + HEIGHT) * SCALE - 4), f'{x:g}', fill='black', font=font, anchor='md')
+    title = f'{column} against thousands of student images' + ' (logarithmic)' * log
+    draw.text((LEFT * SCALE, (top + 4) * SCALE), title, fill='black', font=font)
+    for row, (name, runs) in enumerate(curves.items()):
+        for run in runs:
+            draw.line([place(*point) for point in run], fill=colors[name], width=SCALE if runs[1:] else 2 * SCALE)
+        if len(runs) > 1 and len({tuple(x for x, _ in run) for run in runs}) == 1:
+            draw.line([place(*point) for point in np.mean(runs, 0)], fill=colors[name], width=3 * SCALE)
+        draw.text(((WIDTH - RIGHT + 12) * SCALE, (top + TOP + 16 * row) * SCALE), name, fill=colors[name], font=font)
+
+
+def plot(runs, columns, out):
+    """PNG with a panel for each of these columns of stats.jsonl, and a colour for each name. Raises ValueError."""
+    groups = by_name(runs)
+    colors = dict(zip(groups, itertools.cycle(COLORS)))
+    canvas = Image.new('RGB', (WIDTH * SCALE, HEIGHT * SCALE * len(columns)), 'white')
+    for panel, column in enumerate(columns):
+        curves = {}
+        for name, folders in groups.items():
+            found = [{x['kimg']: x[column] for x in fid.read_stats(folder) if column in x} for folder in folders]
+            if any(found):
+                curves[name] = [list(points.items()) for points in found if points]
+        if not curves:
+            raise ValueError(f'no run has {column} in its stats.jsonl')
+        draw_panel(ImageDraw.Draw(canvas), panel * HEIGHT, column, curves, colors)
+    canvas.resize((WIDTH, HEIGHT * len(columns)), Image.Resampling.LANCZOS).save(out)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p.add_argument('command', choices=['table', 'plot'])
+    p.add_argument('runs', nargs='+', help='run folders')
+    p.add_argument('--columns', nargs='+', help='of stats.jsonl (default: all scores in a table, pixel-FD in a plot)')
+    p.add_argument('--out', default='curves.png', help='PNG file of the plot (%(default)s)')
+    args = p.parse_args(argv)
+    with data.clear_errors(f'figures.py {args.command}'):
+        if args.command == 'plot':
+            return plot(args.runs, args.columns or ['pixel-FD'], args.out)
+        fid.report(table(args.runs), columns=args.columns or COLUMNS)
+
+
+if __name__ == '__main__':
+    main()
