@@ -30,7 +30,6 @@ SCRIPTS = {  # the four training loops, with the flags of a run of six steps tha
     'disback': '--nodes 2 --degrade-kimg 0.064 --node-kimg 0.05 --lr 1e-4 --fake-lr 1e-4 --eval-images 0',
     'teacher_free': '--warmup-kimg 0.096 --draws 2 --lr 1e-4 --ratio-lr 1e-4 --eval-images 0',
     'distributional': '--backbones energy --freeze 1 --r1-interval 4 --lr 1e-4 --d-lr 1e-4 --eval-images 0'}
-STEPS = '--batch 32 --kimg 0.192 --status-kimg 0.032 --snapshot-kimg 0.064'
 
 
 def quick_heun(net, z, labels, num_steps, heun=edm_nets.heun, **more):
@@ -59,11 +58,11 @@ def run(*command, processes=1, path=ROOT):
 
 @pytest.fixture(scope='session')
 def command(tmp_path_factory):
-    """command(script, out, more) is the command of a tiny run on `shapes`, command(script, out, more, classes) of one of
-    two steps on the prepared folder data3, or data0, without labels. In `command.folder` are these, and a teacher for
-    each, teacherNone, teacher0 and teacher3. Of the same flag twice the second counts."""
+    """command(script, out, more) is the command of a tiny run on `shapes`; of the same flag twice the second counts.
+
+    With classes=3 it is one of two steps on the prepared folder `command.folder`/data3; with 0 on data0, unlabelled."""
     def command(script, out, more='', classes=None):
-        flags = f'{SCRIPTS[script]} {STEPS} --out {out} '
+        flags = f'{SCRIPTS[script]} --out {out} --batch 32 --kimg 0.192 --status-kimg 0.032 --snapshot-kimg 0.064 '
         if classes is not None:
             flags += f'--dataset cifar10 --data {command.folder}/data{classes} --kimg 0.064 '
         if script != 'edm_nets':

@@ -9,6 +9,7 @@ import tarfile
 import threading
 import time
 import zipfile
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,7 +25,6 @@ def pictures(n, side=8):
 
 
 def saved(save, *args, **kwargs):
-    """The bytes that a function writes into a file."""
     save(out := io.BytesIO(), *args, **kwargs)
     return out.getvalue()
 
@@ -43,8 +43,7 @@ def edm_zip(labels, compression=zipfile.ZIP_STORED, **more):
     return out.getvalue()
 
 
-def tarball(labels=(3, 0, 9, 1, 2), mode='w:gz'):
-    """pictures(5, 32) as CIFAR-10 comes, one image in each batch."""
+def tarball(labels=(3, 0, 9, 1, 2), mode='w:gz'):  # pictures(5, 32) as CIFAR-10 comes, one image in each batch
     with tarfile.open(fileobj=(out := io.BytesIO()), mode=mode) as tar:
         for i, label in enumerate(labels):
             info = tarfile.TarInfo(f'cifar/data_batch_{i + 1}.bin')
@@ -53,8 +52,7 @@ def tarball(labels=(3, 0, 9, 1, 2), mode='w:gz'):
     return out.getvalue()
 
 
-def prepare(folder, source, *flags):
-    """`data.py prepare`, of the bytes of a file or of a folder {name: bytes}, to folder/dest."""
+def prepare(folder, source, *flags):  # the source is the bytes of a file, or {name: bytes} of a folder
     for name, content in (source if isinstance(source, dict) else {'': source}).items():
         (folder / 'source' / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / 'source' / name).write_bytes(content)
@@ -65,19 +63,21 @@ PICTURE, ROWS, ONES = png(pictures(1)[0]), pictures(11).transpose(0, 3, 1, 2).re
 
 
 @pytest.mark.parametrize('source, images, labels', [
-    (edm_zip([2, 0, 1, 0]), pictures(4), [2, 0, 1, 0]), (edm_zip(None), pictures(4), [0] * 4),
-    (tarball(), pictures(5, 32), [3, 0, 9, 1, 2]),
+    (edm_zip([2, 0, 1, 0]), pictures(4), [2, 0, 1, 0]), (tarball(), pictures(5, 32), [3, 0, 9, 1, 2]),
+    (edm_zip(None, **dict.fromkeys(['../../x.png', '/x.png', 'C:\\x.png'], PICTURE)), pictures(4)[[0, 0, *range(4), 0]],
+     [0] * 7),
     ({f'train_data_batch_{i}.npz': saved(np.savez, data=ROWS[i:i + 1], labels=[i + 1]) for i in range(11)},
-     pictures(11), list(range(11)))], ids=['EDM', 'EDM, unlabelled', 'CIFAR', 'downsampled ImageNet'])
-def test_source_is_prepared(tmp_path, source, images, labels):
+     pictures(11), list(range(11)))], ids=['EDM', 'CIFAR', 'names that lead elsewhere', 'downsampled ImageNet'])
+def test_source_is_prepared_and_nothing_else_written(tmp_path, source, images, labels):
+    before = set(tmp_path.parent.rglob('*.*'))
     prepare(tmp_path, source)
+    assert {path.name for path in set(tmp_path.parent.rglob('*.*')) - before} <= {'images.npy', 'labels.npy', *source}
     dataset, every = data.Folder(tmp_path / 'dest'), np.arange(len(images))
     assert np.array_equal(dataset.images(every), images.transpose(0, 3, 1, 2)) and len(dataset) == len(images)
     assert dataset.labels(every).tolist() == labels and dataset.label_dim == (max(labels) + 1 if any(labels) else 0)
 
 
 def test_image_folder_with_classes_crop_and_modes(tmp_path):
-    """Sorted sub-folders are classes, as of ILSVRC. Images are cropped, then resized; all modes become RGB."""
     wide = Image.fromarray(pictures(1, 40)[0][:30])  # 40 wide, 30 high
     done = prepare(tmp_path, {
         'n02/a.png': saved(wide.save, 'png'), 'n01/b.png': saved(wide.convert('L').save, 'png'),
@@ -88,10 +88,6 @@ def test_image_folder_with_classes_crop_and_modes(tmp_path):
     assert dataset.labels(np.arange(4)).tolist() == [0, 0, 1, 1] and '1 from L' in done.stdout
 
 
-def damaged(content, start, length):
-    return content[:start] + bytes(length) + content[start + length:]
-
-
 FAULTY = {
     'absent': {}, 'empty': {'no picture': b''}, 'text': b'hello', 'cut zip': edm_zip(None)[:300],
     'oblong': {'a.png': png(pictures(1)[0][:5])}, '16 bits': {'a.png': png(np.zeros([8, 8], np.uint16))},
@@ -100,9 +96,9 @@ FAULTY = {
     **{f'label {label}': edm_zip([0, label, 1, 2]) for label in (-1, None, True, 0.5, 1 << 40)},
     **{f'json {text[:12]}': edm_zip(None, **{'dataset.json': text})
        for text in ('[1]', '[' * 100_000, '{"labels": 3}', '{"labels": [["a"')},
-    **{f'damaged zip {method}': damaged(edm_zip(None, method), 60, 30)  # each method raises errors of its own
+    **{f'damaged zip {method}': (x := edm_zip(None, method))[:60] + bytes(30) + x[90:]  # each method has its own errors
        for method in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED)},
-    'damaged xz': damaged(tarball(mode='w:xz'), 40, 20), 'cut tarball': tarball()[:3000],
+    'damaged xz': (x := tarball(mode='w:xz'))[:40] + bytes(20) + x[60:], 'cut tarball': tarball()[:3000],
     'label 77': tarball([0, 1, 77, 2, 3]), 'no data_batch_5': tarball(range(4)),
     **{f'npz {name}': {'x.npz': saved(np.savez, data=rows, labels=labels)} for name, (rows, labels) in dict(
         floats=(ROWS / 255, ONES), short=(ROWS, ONES[:3]), long=(ROWS, [1] * 12), oblong=(ROWS[:, :100], ONES),
@@ -116,18 +112,9 @@ def test_faulty_source_is_refused_in_one_line(tmp_path, fault):
     assert {path.name for path in tmp_path.iterdir()} <= {'source'}
 
 
-def test_names_that_lead_elsewhere_are_only_names(tmp_path):
-    before = set(tmp_path.parent.rglob('*'))
-    prepare(tmp_path, edm_zip(None, **dict.fromkeys(['../../evil.png', '/evil.png', 'C:\\evil.png'], PICTURE)))
-    assert len(data.Folder(tmp_path / 'dest')) == 7
-    assert {path.name for path in set(tmp_path.parent.rglob('*')) - before} == {'source', 'dest', 'images.npy'}
-
-
 @pytest.mark.parametrize('fault', [OSError(28, 'No space left on device'), KeyboardInterrupt()])
 def test_full_disk_and_interruption_leave_nothing(tmp_path, monkeypatch, fault):
-    def fail(pixels, *_):
-        raise fault
-    monkeypatch.setattr(data, 'decode', fail)
+    monkeypatch.setattr(data, 'decode', mock.Mock(side_effect=[(pictures(1)[0], 'RGB'), fault]))
     (tmp_path / 'source').write_bytes(edm_zip(None))
     with pytest.raises((ValueError, KeyboardInterrupt)):
         data.prepare(tmp_path / 'source', tmp_path / 'dest')
@@ -146,8 +133,7 @@ def test_damaged_folder_is_refused_in_one_line(tmp_path, images, labels):
         data.open_dataset('cifar10', tmp_path)
 
 
-def test_batch_order_is_a_pure_function():
-    """Any way of cutting the run gives the same images. An epoch shows each image once."""
+def test_batch_order_depends_on_seed_and_place_alone_and_an_epoch_shows_each_image_once():
     indices, flips = whole = data.batch_order(3, 0, 250, 100)
     for size in (1, 7, 50):
         parts = zip(*(data.batch_order(3, n, min(size, 250 - n), 100) for n in range(0, 250, size)))
@@ -157,15 +143,14 @@ def test_batch_order_is_a_pure_function():
     assert not np.array_equal(data.batch_order(4, 0, 250, 100)[0], indices)
 
 
-def test_step_generator_depends_on_each_argument():
-    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (0, 1, 1)]
-    draws = [torch.rand(1, generator=data.step_generator(*key, 'cpu')).item() for key in keys]
-    assert len(set(draws)) == 5 and draws[4] == draws[5]
+def test_random_numbers_of_a_step_depend_on_each_argument():
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)]
+    assert len({torch.rand(1, generator=data.step_generator(*key, 'cpu')).item() for key in keys * 2}) == 5
 
 
 def test_pixels_survive_the_round_trip_and_flips_mirror():
     levels, images = torch.arange(256, dtype=torch.uint8), data.Shapes(2).images(np.arange(2))
-    assert torch.equal(data.to_uint8(data.to_float(levels)), levels) and data.to_float(levels[::255]).tolist() == [-1, 1]
+    assert torch.equal(data.to_uint8(x := data.to_float(levels)), levels) and x[::255].tolist() == [-1, 1]
     assert data.to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
     x = data.load_images(data.Shapes(2), np.arange(2), torch.device('cpu'), np.array([False, True]))
     assert torch.equal(data.to_uint8(x), torch.stack([images[0], images[1].flip(2)])) and (x[1] != x[1].flip(2)).any()
@@ -198,7 +183,7 @@ MOVED = b'HTTP/1.1 302 Moved\r\nLocation: /moved\r\n\r\n'
     (WHOLE + CONTENT[:HALF], '1500000 of 3000000 bytes', HALF), (WHOLE + CONTENT[:HALF], 'timed out', HALF),
     (CHUNKED + CONTENT[:HALF], 'Incomplete', HALF), (b'HTTP/1.1 404 Absent\r\n\r\n', 'Error 404', HALF),
     (MOVED, 'redirect', HALF), (b'220 ESMTP\r\n', 'cannot fetch', HALF), (WHOLE + bytes(3_000_000), 'other bytes', 0),
-    (REST.replace(b'1500000-', b'1499993-'), 'another part.* go on', 0), (b'HTTP/1.1 416 Beyond\r\n\r\n', '416.* go on', 0)],
+    (REST.replace(b'1500000-', b'1499993-'), 'go on', 0), (b'HTTP/1.1 416 Beyond\r\n\r\n', 'go on', 0)],
     ids=lambda x: x if isinstance(x, str) else '')
 def test_failed_download_says_why_in_one_line_and_keeps_what_is_good(tmp_path, server, answer, message, kept):
     server.answers, server.pause, partial = [answer] * 12, 0.5 * (message == 'timed out'), tmp_path / 'f.partial'

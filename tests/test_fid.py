@@ -98,7 +98,7 @@ def test_references(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.count('warning: 300 images are fewer than the 768 features') == 2
     for bad, message in [
             (dict(mu=mu), 'no .npz with mu and sigma'), (dict(mu=[None], sigma=sigma), 'no .npz with mu and sigma'),
-            (dict(mu=mu[:9], sigma=sigma[:9, :9]), 'of 768 features'), (dict(mu=mu, sigma=sigma[:9]), 'of 768 features'),
+            (dict(mu=mu[:9], sigma=sigma[:9, :9]), '768 features'), (dict(mu=mu, sigma=sigma[:9]), '768 features'),
             (dict(mu=mu, sigma=sigma * np.nan), 'no finite'), (dict(mu=mu * np.inf, sigma=sigma), 'no finite')]:
         np.savez(path, **bad)
         with pytest.raises(ValueError, match=f'^[^\n]*{message}[^\n]*$'):

@@ -1,7 +1,6 @@
 """Files appear whole or not at all, a run continues only as itself, errors end in one line."""
 
 import argparse
-import os
 
 import pytest
 import torch
@@ -9,8 +8,6 @@ import torch.distributed as dist
 
 import data
 import edm_nets
-
-ARGS = dict(lr=0.1, decay=0.5, kimg=5)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -23,23 +20,6 @@ def process_group():
         dist.destroy_process_group()
 
 
-@pytest.fixture
-def out(tmp_path):
-    """A run folder with two checkpoints, of a network whose weights are all 1, then all 2."""
-    (tmp_path / 'stats.jsonl').write_text('{"kimg": 1}\n')
-    net = torch.nn.Linear(30, 30)
-    for nimg in (1, 2):
-        torch.nn.init.constant_(net.weight, nimg)
-        data.save_checkpoint(tmp_path, dict(ARGS, images='0123abcd'), dict(nimg=nimg), dict(net=net))
-    return tmp_path
-
-
-def load(out, parts, **changed):
-    """Resume the run with the images of `out`, or with something else changed."""
-    fingerprint = changed.pop('images', '0123abcd')
-    return data.load_checkpoint(argparse.Namespace(out=out, **dict(ARGS, **changed)), parts, images=fingerprint)
-
-
 @pytest.mark.parametrize('error, message', [
     (OSError('disk full'), '^cannot write .*/x: disk full$'), (KeyError('bug'), 'bug'), (KeyboardInterrupt('^C'), 'C')])
 def test_whole_file_leaves_nothing_behind_on_an_error(tmp_path, error, message):
@@ -48,43 +28,6 @@ def test_whole_file_leaves_nothing_behind_on_an_error(tmp_path, error, message):
         f.write(b'new')
         raise error
     assert [path.name for path in tmp_path.iterdir()] == ['x'] and (tmp_path / 'x').read_bytes() == b'old'
-
-
-def test_checkpoint_comes_back_whole(out):
-    net = torch.nn.Linear(30, 30)
-    config, state = load(out, dict(net=net))
-    assert config == dict(ARGS, images='0123abcd') and state['nimg'] == 2 and (net.weight == 2).all() and state['log_bytes'] == len('{"kimg": 1}\n')
-    assert sorted(os.listdir(out)) == ['latest.pt', 'previous.pt', 'stats.jsonl']
-
-
-@pytest.mark.parametrize('damage', [
-    lambda x: b'', lambda x: x[:len(x) // 2], lambda x: x.replace(b'\0\0\0@' * 4, b'\0\0\1@' * 4, 1)])
-def test_damaged_checkpoint_is_set_aside_and_the_previous_one_used(out, capsys, damage):
-    content = damage((out / 'latest.pt').read_bytes())
-    (out / 'latest.pt').write_bytes(content)
-    assert data.newest_checkpoint(out) == f'{out}/previous.pt'
-    assert 'latest.pt is damaged' in capsys.readouterr().out and (out / 'latest.pt.damaged').read_bytes() == content
-    (out / 'previous.pt').write_bytes(b'')
-    with pytest.raises(ValueError, match='no whole checkpoint is left'):
-        data.newest_checkpoint(out)
-
-
-@pytest.mark.parametrize('name, value', [('lr', 0.2), ('kimg', 6), ('images', '76543210')])
-def test_another_setting_is_refused_by_name(out, name, value):
-    net = torch.nn.Linear(30, 30)
-    with pytest.raises(ValueError, match=f'another run .{name}: .* -> {value}.: give another --out'):
-        load(out, dict(net=net), **{name: value})
-    assert not (net.weight == 2).any()
-    with pytest.raises(ValueError, match='no optimizer there'):  # the folder of another script
-        load(out, dict(net=net, optimizer=None))
-
-
-def test_weights_that_are_not_finite_are_never_saved(out):
-    net = torch.nn.Linear(30, 30)
-    torch.nn.init.constant_(net.bias, float('inf'))
-    with pytest.raises(FloatingPointError, match='a weight of net is not finite'):
-        data.save_checkpoint(out, ARGS, {}, dict(net=net))
-    assert load(out, {})[1]['nimg'] == 2
 
 
 @pytest.mark.parametrize('decay, kept', [(0.0, {'lr', 'decay'}), (0.5, {'lr', 'decay', 'kimg'})])

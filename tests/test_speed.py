@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 import edm_nets
-from conftest import ROOT, SCRIPTS, run
+from conftest import ROOT, run
 
 SHORT = '--snapshot-kimg 9 '  # with the flags that take the first stage away, and have R1 in every step
 MORE = dict(edm_nets=SHORT, disback=SHORT + '--nodes 0 --fake-updates 1', teacher_free=SHORT + '--warmup-kimg 0',
@@ -27,6 +27,13 @@ def succeed(*command):
     done = run(*command)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def fail(message, *command):
+    """A command ends with this message, in one line, to which argparse adds the usage."""
+    done = run(*command)
+    assert done.returncode and message in done.stderr and 'Traceback' not in done.stderr, done.stderr
+    assert done.returncode == 2 or done.stderr.count('\n') == 1, done.stderr
 
 
 def student(out):
@@ -93,7 +100,7 @@ def test_the_benchmark_runs(monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['bench.py', '--batch-gpu', '1'])
     bench.main()
     output = capsys.readouterr().out
-    assert all(text in output for text in ('matmul peak', '1 images, training_step', 'Inception: ', 'Fréchet distance'))
+    assert all(text in output for text in ('matmul peak', '1 images, training_step', 'Inception:', 'Fréchet distance'))
 
 
 def saved_bytes(net, x, sigma):
