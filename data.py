@@ -102,7 +102,7 @@ def clear_errors(script):
 
 
 def rank0_first(function, *args):
-    """function(*args) on the first process of each machine, then on the others, which find what it fetched or made."""
+    """Call function(*args) on each machine's first process, then on the others, which can use the files it has made."""
     first = os.environ.get('LOCAL_RANK', '0') == '0'
     if dist.is_initialized() and not first:
         dist.barrier()
@@ -138,7 +138,7 @@ def whole_file(path):
 def check_finite(name, network):
     """Raise FloatingPointError if a weight of the network is not finite."""
     if not all(p.isfinite().all() for p in network.parameters()):
-        raise FloatingPointError(f'a weight of {name} is not finite: training has diverged; latest.pt is from before')
+        raise FloatingPointError(f'a weight of {name} is not finite: training has diverged; the last checkpoint stays')
 
 
 def save_checkpoint(out, config, counts, parts):
@@ -176,9 +176,9 @@ def newest_checkpoint(out):
 def load_checkpoint(args, parts, may_change=frozenset(), **fingerprints):
     """Load the newest whole checkpoint of args.out into `parts`. Collective. Raises ValueError for another run's.
 
-    Returns (config, state). config: all of `args` that must stay the same when a run is resumed. Excepted are
-    MAY_CHANGE, `may_change`, and --kimg if args.decay is 0, so that no rate depends on it. The fingerprints stand for
-    the paths of data and teacher. state: the checkpoint's content, {} for a new run.
+    Returns (config, state). config: what a resumed run must repeat, which is all of `args` but MAY_CHANGE, `may_change`
+    and, if args.decay is 0 (then no learning rate depends on it), --kimg. Data and teacher may move, but not change:
+    their fingerprints are compared, not their paths. state: the checkpoint's content, {} for a new run.
     """
     may_change = MAY_CHANGE | may_change | (set() if args.decay else {'kimg'})
     config = dict({k: v for k, v in vars(args).items() if k not in may_change}, **fingerprints)
@@ -200,7 +200,7 @@ def load_checkpoint(args, parts, may_change=frozenset(), **fingerprints):
 def start_log(args, state, plan, **more):
     """Print the plan, write config.json, cut stats.jsonl back to the checkpoint; or say that all is done. Rank 0."""
     if state.get('nimg', 0) >= args.kimg * 1000:
-        return print(f'{args.out} is complete at {state["nimg"] / 1000:g} kimg, nothing to do', flush=True)
+        return print(f'{args.out} is complete at {state["nimg"] / 1000:g} kimg, nothing to train', flush=True)
     print(plan, flush=True)
     os.makedirs(args.out, exist_ok=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'
@@ -208,7 +208,7 @@ def start_log(args, state, plan, **more):
     with whole_file(f'{args.out}/config.json') as f:
         f.write(json.dumps(dict(vars(args), **more), indent=1).encode())
     with open(f'{args.out}/stats.jsonl', 'ab') as f:
-        f.truncate(state.get('log_bytes', 0))
+        f.truncate(min(state.get('log_bytes', 0), f.tell()))
 
 
 def log_status(out, stats, total):
@@ -236,14 +236,15 @@ class Means:
 
         Raises FloatingPointError, on all ranks, naming the scalar that was the first not to be finite.
         """
-        seconds, means = time.time() - self.start, {}
+        means = {}
         for name in dict.fromkeys(name for name, _ in self.added):
             mean = torch.stack([value for other, value in self.added if other == name]).double().mean()
             dist.all_reduce(mean)
             means[name] = float(mean) / dist.get_world_size()
         if not np.isfinite(list(means.values())).all():
             first = next((name for name, value in self.added if not value.isfinite()), 'a loss of another process')
-            raise FloatingPointError(f'{first} is not finite: training has diverged; latest.pt is from before')
+            raise FloatingPointError(f'{first} is not finite: training has diverged; the last checkpoint stays')
+        seconds = time.time() - self.start  # a GPU has done all steps, as their means were read
         return dict(sec_per_kimg=1000 * seconds / max(images - self.images, 1), seconds=seconds, **means)
 
 # ----------------------------------------------------------------------------------------------------
@@ -272,7 +273,7 @@ def batch_order(seed, nimg, count, size):
 def step_generator(seed, nimg, stream, device):
     """A torch.Generator for the random numbers of one training step.
 
-    Draw for the *global* batch, of which each process takes its rows: then the numbers do not depend on their count.
+    Draw for the *global* batch and let each process use its own rows: so the number of processes has no effect.
     `stream` (int) separates the stages of a training.
     """
     key = np.random.SeedSequence([seed, nimg, stream]).generate_state(1, np.uint64)[0]
@@ -361,10 +362,9 @@ def open_dataset(dataset, path=None):
     """`shapes`, or the prepared folder at `path` (datasets/NAME); CIFAR-10 is fetched. Raises OSError, ValueError."""
     if dataset == 'shapes' and path is None:
         return Shapes()
-    path = Path(path or f'datasets/{dataset}')
-    if dataset == 'cifar10' and not path.exists():
-        prepare('cifar10', path)
-    return Folder(path)
+    if dataset == 'cifar10' and path is None and not os.path.exists('datasets/cifar10'):
+        prepare('cifar10', 'datasets/cifar10')
+    return Folder(path or f'datasets/{dataset}')
 
 # ----------------------------------------------------------------------------------------------------
 # Downloads, and preparation of datasets.

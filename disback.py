@@ -98,7 +98,7 @@ def draw_noise(shape, generator, P_mean, P_std):
 def denoising_error(D_x, x_0, sigma):
     """Denoising score matching (Eq. 5 for the fake score, Eq. 7 for degradation) with EDM's weight -> [N].
 
-    s - (x_0 - x_t) / sigma^2 = (D_x - x_0) / sigma^2, so matching the score is denoising, up to the weight.
+    With s from D_x, the score's error s - (x_0 - x_t) / sigma^2 is (D_x - x_0) / sigma^2: a weighted denoising error.
     """
     weight = (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2  # EDM Table 1, lambda(sigma)
     return (weight * (D_x - x_0) ** 2).sum([1, 2, 3])
@@ -118,7 +118,7 @@ def student_loss(x_0, D_fake, D_target, form):
 
 
 def recording_steps(steps, nodes):
-    """{step: node}: after which of the steps 1 to `steps` each of the nodes 1 to N is kept; node N after the last."""
+    """{step: node}: after which of the `steps` each node is saved: nodes 1 to N, evenly spaced, N after the last."""
     return {round(steps * i / nodes): i for i in range(1, nodes + 1)}
 
 
@@ -217,7 +217,7 @@ def train(args):
     student_optimizer = parts['student_optimizer'] = adam(student.parameters(), args.lr)
     fake_optimizer = parts['fake_optimizer'] = adam(fake_parameters, args.fake_lr)
 
-    # Resume. The parts and the two counts are the whole state: random numbers are a function of the counts.
+    # Resume. `parts` and the two counts of images are the whole state: random numbers follow from the counts.
     fingerprints = dict(teacher=target.fingerprint, **(dict(data=data.identity(dataset)) if dataset else {}))
     config, state = data.load_checkpoint(args, parts, **fingerprints)
     degraded, nimg, total = state.get('degraded', 0), state.get('nimg', 0), args.kimg * 1000  # images of both stages

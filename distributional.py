@@ -256,8 +256,8 @@ class Discriminator(nn.ModuleDict):
     def forward(self, *views, labels, one_hot):
         """For each of `views` (what `look` returns), a list of logits [N, J], one for each backbone.
 
-        Real and generated images come in one call, as DDP wants before one backward, but as separate batches: each
-        with its own statistics in BatchNorm, as published.
+        DDP wants one forward call before each backward, so real and generated images come together. They stay separate
+        batches: BatchNorm computes its statistics for each alone, as published.
         """
         return [[part(*view[name], one_hot) if name in UNETS else part(view[name], labels)
                  for name, part in self.items()] for view in views]
@@ -375,11 +375,11 @@ def train(args):
     warnings.filterwarnings('ignore', message='Grad strides do not match')  # R1: of weights with one row, harmless
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=args.lr, betas=(0.0, 0.99), fused=True)
-    # Every R1 is a step of its own, which the discriminator's Adam is corrected for, as in StyleGAN2.
+    # R1 takes extra optimizer steps; Adam's rate and beta are adjusted to make up for them, as in StyleGAN2.
     lazy = args.r1_interval / (args.r1_interval + 1) if args.r1_gamma else 1
     d_optimizer = torch.optim.Adam(discriminator.parameters(), args.d_lr * lazy, (0.0, 0.99 ** lazy), fused=True)
 
-    # Resume. The parts and the count are the whole state: random numbers are a function of the count. The random
+    # Resume. `parts` and the count of images are the whole state: random numbers follow from the count. The random
     # convolutions are saved, because another version of torch may draw others.
     mixing = nn.ModuleDict({name: nn.ModuleList([net.across_channels, net.across_scales, *getattr(
         net.network, 'resize', ())]) for name, net in projections.items()})
@@ -543,8 +543,8 @@ def layer_activity(net, x, sigma, labels):
 def activations(args, teacher, student, dataset, device, images=64):
     """activations.txt: which layer of the diffusion model works at which noise level, and in the one-step student.
 
-    A row is a layer. A column is a noise level of the teacher on noised data, then the one step from pure noise, before
-    and after training. Values are relative to the teacher's largest. Our protocol: the papers' is not known.
+    Rows are layers. The first columns are the teacher on noised data, by noise level; `before` (teacher) and `after`
+    (student) are one step from pure noise. Values are divided by the row's largest of the first columns. Our protocol.
     """
     indices, _ = data.batch_order(args.seed, 0, images, len(dataset))
     x_0 = data.load_images(dataset, indices, device)

@@ -141,7 +141,7 @@ class UNetBlock(nn.Module):
             self.skip = init_layer(ResampleConv2d(c_in, c_out, 1, up, taps), adm)
         elif c_in != c_out:
             self.skip = init_layer(nn.Conv2d(c_in, c_out, 1), adm)
-        if attention:
+        if self.heads:  # none where ADM has fewer than 64 channels
             self.norm2 = GroupNorm(c_out, eps)
             self.qkv = init_layer(nn.Conv2d(c_out, c_out * 3, 1), adm, gain=1 if adm else 0.2 ** 0.5)
             self.proj = init_layer(nn.Conv2d(c_out, c_out, 1), adm, gain=small)
@@ -665,7 +665,7 @@ def common_flags(script, description, presets, argv):
     p.add_argument('--out', default=f'runs/{script}-{dataset}', help=f'folder of the run (runs/{script}-DATASET)')
     p.add_argument('--kimg', type=positive(float), help='thousands of images to train on (%(default)s)')
     p.add_argument('--batch', type=positive(int), help='images per step, over all GPUs (%(default)s)')
-    p.add_argument('--batch-gpu', type=positive(int), help='at most so many images at a time (all of a GPU)')
+    p.add_argument('--batch-gpu', type=positive(int), help='most images on a GPU at a time (its share of --batch)')
     p.add_argument('--lr', type=positive(float), help='learning rate; in the methods, of the student (%(default)s)')
     p.add_argument('--seed', type=int, default=0, help='of all random numbers (%(default)s)')
     p.add_argument('--precision', choices=['bf16', 'fp32'], help='of the networks (bf16 on a GPU, fp32 on a CPU)')
@@ -795,7 +795,7 @@ def train(args):
     ddp = DDP(net, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, betas=(0.9, 0.999), fused=True)
 
-    # Resume. The parts and the count are the whole state: random numbers are a function of the count.
+    # Resume. `parts` and the count of images are the whole state: random numbers follow from the count.
     parts = dict(net=net, ema=ema, optimizer=optimizer)
     config, state = data.load_checkpoint(args, parts, data=data.identity(dataset))
     nimg, resumed, total = state.get('nimg', 0), state.get('nimg'), args.kimg * 1000

@@ -27,7 +27,6 @@ import edm_nets
 
 INCEPTION_URL = 'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/' \
     'pt_inception-2015-12-05-6726825d.pth'
-INCEPTION_SHA256 = '6726825d'  # its first digits, as in the name of the file
 PR_IMAGES = 10_000  # precision and recall compare this many images, or all if there are fewer
 SCORES = ['FID', 'pixel-FD', 'precision', 'recall', 'IS', 'valid', 'coverage', 'tv']
 
@@ -129,7 +128,7 @@ def resize_tf1(x, size):
 
 def inception_v3(path=None):
     """InceptionV3 with its weights, from the file `path` or fetched once and verified. Raises OSError, ValueError."""
-    path = path or data.download(INCEPTION_URL, data.cache_path(INCEPTION_URL), sha256=INCEPTION_SHA256)
+    path = path or data.download(INCEPTION_URL, data.cache_path(INCEPTION_URL), sha256='6726825d')
     net = InceptionV3()
     try:
         net.load_state_dict(torch.load(path, map_location='cpu', weights_only=True), strict=True)
@@ -329,8 +328,8 @@ class Ruler:
         return features, logits - self.net.fc.bias
 
     def measure(self, images_of, num, keep=False, batch=250):
-        """This process's Statistics of images_of(0 ... num-1); and if `keep`, of all processes and in order, [images
-        of `shapes`, features of at most PR_IMAGES, logits]."""
+        """This process's Statistics of images_of(0 ... num-1). If `keep`, also, gathered from all processes in order:
+        [images (of `shapes` only), features of the first PR_IMAGES images, logits]; else an empty list."""
         statistics, kept = Statistics(), []
         statistics.add(torch.zeros([0, self.d], device=self.device))  # the shape, for a process without images
         for start in range(self.rank * batch, num, self.world_size * batch):
@@ -338,8 +337,9 @@ class Ruler:
             features, logits = self.features(images)
             statistics.add(features)
             if keep:
-                shapes = images if isinstance(self.dataset, data.Shapes) else images[:0]
-                kept.append((start, shapes.cpu(), features[:max(PR_IMAGES - start, 0)].cpu(), logits.cpu()))
+                shapes = (images if isinstance(self.dataset, data.Shapes) else images[:0]).clone().cpu()
+                few = features[:max(PR_IMAGES - start, 0)].clone().cpu()  # of a view, gathering would send all
+                kept.append((start, shapes, few, logits.cpu()))
         if keep and self.world_size > 1:
             everyone = [None] * self.world_size
             dist.all_gather_object(everyone, kept)

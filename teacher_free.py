@@ -1,9 +1,9 @@
 """Teacher-free one-step training: the student follows the gradient of a learned density ratio, at every noise level.
 
 "Towards Training One-Step Diffusion Models Without Distillation" (arXiv:2502.08005 v3), from v4 on "DiffRatio: Training
-One-Step Diffusion Models Without Teacher Supervision", M. Zhang, W. Chen, J. He et al. Real images are needed; the
-teacher's score is never evaluated: the teacher gives its weights as a start. Run here on shapes and on a small CIFAR-10
-(README); the paper's data sets were not.
+One-Step Diffusion Models Without Teacher Supervision", M. Zhang, W. Chen, J. He et al. Training needs real images, but
+no teacher's score: the student starts with the teacher's weights. Run here on shapes and on a small CIFAR-10 (README);
+the paper's data sets were not.
 
 Score distillation moves a student G by the difference of two learned scores, each with its own error. Here one
 classifier, told the noise level, learns the log density ratio whose gradient is that difference:
@@ -85,8 +85,8 @@ def parse_args(argv=None):
         p.error('--warmup-kimg must not be negative, and --best-of needs --eval-images')
     if args.single_level and args.init != 'single-level' or \
             args.init == 'single-level' and args.dataset != 'shapes' and not args.single_level:
-        p.error(f'--init single-level needs --single-level PATH, and only that: `python edm_nets.py train --dataset '
-                f'{args.dataset} --sigma {args.sigma_init:g}` trains the network')
+        p.error(f'--init single-level needs --single-level PATH (not on shapes), and no other --init takes it; `python '
+                f'edm_nets.py train --dataset {args.dataset} --sigma {args.sigma_init:g}` trains that network')
     return args
 
 # ----------------------------------------------------------------------------------------------------
@@ -123,9 +123,9 @@ def ratio_loss(real_log_ratio, fake_log_ratio):
 
 
 def student_loss(log_ratio, sigma, divergence, weight):
-    """-w(sigma) h(r) l on the student's noised samples -> scalar; only its gradient, through l alone, has a meaning.
+    """Mean of -w(sigma) h(r) l over the noised student samples -> scalar. h is held constant; the value has no meaning.
 
-    That gradient is -w h(r) grad l dx_t/dtheta: of the divergence E_student[f(r)] at each sigma, if l is exact.
+    Its gradient, -w h(r) grad l dx_t/dtheta, is that of w E_student[f(r)] at each sigma, as far as l is exact.
     """
     h = DIVERGENCES[divergence](log_ratio.detach().clamp(-LOGIT_CLAMP, LOGIT_CLAMP))
     return -(sigma.flatten() ** WEIGHTS[weight] * h * log_ratio).mean()
@@ -134,8 +134,8 @@ def student_loss(log_ratio, sigma, divergence, weight):
 def make_ratio_net(teacher, kind, init):
     """The ratio network to start with: 'energy', 'encoder' (edm_nets.UNetCritic) or 'lightweight'. l is .sum(1) of it.
 
-    init: 'features', the teacher's weights except for the output layer, so that F_x does not start as the teacher's
-    score in disguise; 'teacher', all of its weights; 'random', none. 'lightweight' is a small encoder, always random.
+    init: 'teacher' copies all of the teacher's weights; 'features' all but the output layer, so that F_x is not the
+    teacher's score from the start; 'random' copies none. 'lightweight' is a small encoder, always random.
     Deviation: the paper's network is not known; an encoder is likelier, but hardly sees fine grain.
     """
     if kind == 'lightweight':
@@ -161,9 +161,9 @@ def initial_student(args, teacher):
     latents to images; 'single-level': those of a network that was trained at sigma_init alone; 'random': none. Raises
     ValueError when the network of --single-level is of another sigma_init, resolution or number of classes.
     """
+    path = args.init == 'single-level' and (args.single_level or edm_nets.shapes_teacher(args.sigma_init))
     torch.manual_seed(args.seed)
-    if args.init == 'single-level':
-        path = args.single_level or edm_nets.shapes_teacher(args.sigma_init)
+    if path:
         student = data.rank0_first(edm_nets.load, path)
         found, wanted = ((sigma, net.img_resolution, net.label_dim) for sigma, net in (
             (student.sigma_init, student), (args.sigma_init, teacher)))
@@ -181,7 +181,7 @@ def initial_student(args, teacher):
 def best_of(student, ratio_net, seeds, K, verifier, batch=256):
     """The ratio as a verifier (v5): of K one-step samples per seed, keep one -> uint8 [N, C, R, R] on the CPU.
 
-    l at small noise, averaged over VERIFIER_SIGMAS, is nearly the log importance weight of a sample. 'resample' picks
+    l, averaged over the small levels VERIFIER_SIGMAS, is about log p_data / p_student of a sample. 'resample' picks
     candidate k with probability softmax(l)_k, which moves p_student towards p_data; 'max' picks the largest l.
     Candidate 0 is the image of `edm_nets.generate`.
     """
@@ -278,7 +278,7 @@ def train(args):
     student_optimizer = adam(student.parameters(), args.lr)
     ratio_optimizer = adam(ratio_net.parameters(), args.ratio_lr)
 
-    # Resume. The parts and the two counts are the whole state: random numbers are a function of the counts.
+    # Resume. `parts` and the two counts of images are the whole state: random numbers follow from the counts.
     parts = dict(student=student, ema=ema, ratio_net=ratio_net, student_optimizer=student_optimizer,
                  ratio_optimizer=ratio_optimizer)
     config, state = data.load_checkpoint(args, parts, {'best_of', 'verifier'}, teacher=fingerprint,
