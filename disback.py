@@ -375,7 +375,7 @@ def main(argv=None):
     args = parse_args(argv)
     with data.clear_errors('disback.py'):
         trained = train(args)
-        if args.dataset == 'shapes' and (trained or not os.path.exists(f'{args.out}/summary.png')):
+        if args.dataset == 'shapes' and not args.data and (trained or not os.path.exists(f'{args.out}/summary.png')):
             fid.summarize(args)
             if args.nodes and dist.get_rank() == 0:
                 print(f'To compare, run the same without the path: --nodes 0 --out {args.out}-nodes0')

@@ -563,7 +563,7 @@ def main(argv=None):
     args = parse_args(argv)
     with data.clear_errors('distributional.py'):
         worked = train(args)
-        if args.dataset == 'shapes' and (worked or not os.path.exists(f'{args.out}/summary.png')):
+        if args.dataset == 'shapes' and not args.data and (worked or not os.path.exists(f'{args.out}/summary.png')):
             fid.summarize(args)
         if args.teacher_student_fd or args.activations:
             device = setup()[2]

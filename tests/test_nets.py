@@ -126,7 +126,7 @@ def test_critic_starts_from_the_teacher_and_knows_nothing(kind, kwargs):
 
 @every_critic
 def test_critic_learns_with_all_weights_also_from_r1_and_judges_each_image_alone(kind, kwargs):
-    critic, (x, sigma, labels) = edm_nets.make_critic(kind, small(**kwargs)), [part.clone() for part in BATCH]
+    critic, (x, sigma, labels) = edm_nets.make_critic(kind, small(**kwargs), 'features'), [x.clone() for x in BATCH]
     for head in critic.heads:  # it has begun to learn
         nn.init.normal_(head[-1].weight, std=0.1)
     with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
@@ -141,14 +141,17 @@ def test_critic_learns_with_all_weights_also_from_r1_and_judges_each_image_alone
     assert logits.dtype == torch.float32 and off(critic(x[1:2], sigma[1:2], labels[1:2]), logits[1:2]) < 1e-4
 
 
-def test_energy_contains_the_ratio_of_gaussians():
-    """Of N(0, s^2) against N(0, t^2), noised, it is (1/t'^2 - 1/s'^2) |x|^2 / 2 + const: a choice of a_3 and a_0."""
-    critic, sigma, d = edm_nets.make_critic('energy', small()), 0.6, 3 * 16 * 16
-    s2, t2 = 0.3 ** 2 + sigma ** 2, 0.5 ** 2 + sigma ** 2
-    exact = ((1 / t2 - 1 / s2) * BATCH[0].square() / 2 + 0.5 * np.log(t2 / s2)).sum([1, 2, 3])
-    nn.init.constant_(critic.heads[0][-1].bias[2], (1 / t2 - 1 / s2) / 2 * (0.5 ** 2 + sigma ** 2) * d ** 0.5)
-    nn.init.constant_(critic.heads[0][-1].bias[3], 0.5 * np.log(t2 / s2) * d ** 0.5)
-    assert off(critic(BATCH[0], torch.full([4, 1, 1, 1], sigma), BATCH[2]).flatten(), exact) < 1e-4
+def test_energy_contains_the_ratio_of_gaussians_and_the_error_of_the_teacher():
+    """A ratio of N(0, s^2) to N(0, t^2), noised, is quadratic in x, and |x_t - D_x|^2 in x and F_x."""
+    teacher, x_t, sigma, d = small(), BATCH[0], torch.full([4, 1, 1, 1], 0.6), 3 * 16 * 16
+    s2, t2, q = 0.3 ** 2 + 0.6 ** 2, 0.4 ** 2 + 0.6 ** 2, 0.5 ** 2 + 0.6 ** 2  # q = 1 / c_in^2
+    ratio = (1 / t2 - 1 / s2) / 2 * x_t.square() + 0.5 * np.log(t2 / s2)
+    error = (x_t - teacher(x_t, sigma, BATCH[2])).square()  # x_t - D_x = (sigma^2 x - sigma sigma_data F_x) c_in
+    for exact, a in ((ratio, [0, 0, (1 / t2 - 1 / s2) / 2 * q, 0.5 * np.log(t2 / s2)]),
+                     (error, [-2 * 0.6 ** 3 * 0.5 / q, 0.6 ** 2 * 0.5 ** 2 / q, 0.6 ** 4 / q, 0])):
+        critic = edm_nets.make_critic('energy', teacher)
+        critic.heads[0][-1].bias.data = d ** 0.5 * torch.Tensor(a)
+        assert off(critic(x_t, sigma, BATCH[2]).flatten(), exact.sum([1, 2, 3])) < 1e-4
 
 
 class Call:
@@ -192,7 +195,6 @@ NET = small(dropout=0.13, **VE)
 
 
 def official_pickle(protocol=4, other=None, **kwargs):
-    """NET as EDM's snapshots hold it, perhaps with other arguments and with another object beside it."""
     ema = record(NET, _init_args=(), _init_kwargs=dict(NET.kwargs, use_fp16=False, decoder_type='standard', **kwargs))
     return pickle.dumps(dict(ema=ema, loss_fn=persistent('EDMLoss', P_mean=-1.2), augment_pipe=other), protocol)
 
@@ -223,7 +225,7 @@ def test_hostile_files_are_refused_in_one_line_and_run_nothing(tmp_path):
     torch.save(touch, out, _use_new_zipfile_serialization=False)
     objects = [
         touch, Call(torch.storage._load_from_bytes, out.getvalue()), persistent('os.system', _init_kwargs=NET.kwargs),
-        Call(torch._utils._rebuild_tensor_v2, storage, 0, (1 << 40,), (0,), False, collections.OrderedDict())]
+        *(Call(torch._utils._rebuild_tensor_v2, storage, 0, (1 << 40,), (stride,), False, {}) for stride in (0, 1))]
     functions = 'posix\nsystem', 'builtins\nexec', 'builtins\ngetattr', 'numpy\nload', 'torch\nload', 'torch.hub\nload'
     entries = [
         ('num_blocks', 10 ** 9), ('channel_mult', [1] * 99), ('channel_mult', [1, 2, 2, 2, 2, 2]), ('sigma_max', 'x'),
