@@ -91,7 +91,7 @@ def clear_errors(script):
     """Errors that the user can mend print one line; all others keep their traceback. The exit status is 1."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # told in one line, or with its traceback; never hidden
         mendable = isinstance(error, (OSError, ValueError, FloatingPointError, MemoryError, dist.DistNetworkError))
         if isinstance(error, torch.OutOfMemoryError):
             mendable, error = True, f'{error} A smaller --batch-gpu needs less memory.'
