@@ -70,7 +70,7 @@ def save_panels(panels, path, columns=8, scale=2):
     """Write {title: uint8 [N, 3, H, W]} as one PNG: a grid below each title ('': none). Raises OSError."""
     pictures = []
     for title, images in panels.items():
-        n, c, h, w = images.shape
+        n, c, h, w = (images := images.expand(-1, 3, -1, -1)).shape  # one channel: grey
         grid = np.zeros([-(-n // columns) * columns, c, h, w], np.uint8)
         grid[:n] = images.cpu().numpy()
         grid = grid.reshape(-1, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(-1, columns * w, c)

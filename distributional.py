@@ -16,10 +16,10 @@ with `energy`, all of its U-Net.
     g(x_T, T, 0), T = 80         one_step(student, z)       GDD-I, D2O-F               --freeze 1
     D, k-th feature network      discriminator, --backbones R1 gamma, every 16         --r1-gamma, --r1-interval
 
-    python distributional.py                                           # shapes, minutes on a CPU, nothing downloaded
-    python distributional.py --dataset cifar10                         # one GPU, starts from the official EDM weights
-    torchrun --nproc_per_node=8 distributional.py --dataset imagenet64 --batch-gpu 32   # eight GPUs
-    python distributional.py --teacher-student-fd 4 18 --activations   # then: two analyses of the paper
+    python distributional.py                                              # shapes, minutes on a CPU, no downloads
+    python distributional.py --dataset cifar10                            # one GPU, starts from EDM's weights
+    torchrun --nproc_per_node=8 distributional.py --dataset imagenet64    # eight GPUs
+    python distributional.py --teacher-student-fd 4 18 --activations      # then: two analyses of the paper
 """
 
 import copy
@@ -46,9 +46,10 @@ import edm_nets
 import fid
 
 # ----------------------------------------------------------------------------------------------------
-# Settings. The rows of real data are the authors' released commands (their tables could not be read); none was run.
-# --freeze is on where the paper's best figure has it. --d-lr is the rate before StyleGAN2's correction for lazy R1. The
-# authors stopped at the snapshot with the lowest FID, after 5 to 9 million images.
+# Settings. The rows of real data are the authors' released commands (their tables could not be read); none was run for
+# more than a few steps. --freeze is on where the paper's best figure has it. --d-lr is the rate before StyleGAN2's
+# correction for lazy R1. batch_gpu fits 80 GB. The authors stopped at the snapshot with the lowest FID, after 5 to 9
+# million images.
 # Deviation: they sum the loss over the images of a GPU and average R1. We average both. The scale of the loss does not
 # matter to Adam, so their gamma of 1e-4 on four GPUs is our 1e-4 / (batch / 4) = 4e-4 / batch.
 #
@@ -58,15 +59,15 @@ import fid
 REAL = dict(sigma_init=80, decay=0.0, eval_images=10_000, snapshot_kimg=250, status_kimg=10)
 OFFICIAL = edm_nets.OFFICIAL.format
 PRESETS = {  # decay: last share of the run, over which the rate of the student falls to zero
-    'shapes':     dict(batch=32,  lr=1e-4, d_lr=3e-4, freeze=0, kimg=50,     ema_kimg=500,    backbones=['energy'],
+    'shapes':     dict(batch=32, lr=1e-4, d_lr=3e-4, freeze=0, kimg=50, ema_kimg=500, backbones=['energy'],
                        sigma_init=2.5, decay=0.5, eval_images=2_000, snapshot_kimg=10, status_kimg=2),
-    'cifar10':    dict(batch=256, lr=1e-4, d_lr=1e-4, freeze=1, kimg=5_000,  ema_kimg=500,    **REAL,
-                       backbones=['vgg', 'efficientnet'],  teacher=OFFICIAL('cifar10-32x32-uncond-ve')),
-    'ffhq64':     dict(batch=256, lr=2e-5, d_lr=4e-5, freeze=1, kimg=10_000, ema_kimg=500,    **REAL,
+    'cifar10':    dict(REAL, batch=256, batch_gpu=64, lr=1e-4, d_lr=1e-4, freeze=1, kimg=5_000, ema_kimg=500,
+                       backbones=['vgg', 'efficientnet'], teacher=OFFICIAL('cifar10-32x32-uncond-ve')),
+    'ffhq64':     dict(REAL, batch=256, batch_gpu=64, lr=2e-5, d_lr=4e-5, freeze=1, kimg=10_000, ema_kimg=500,
                        backbones=['deit', 'efficientnet'], teacher=OFFICIAL('ffhq-64x64-uncond-ve')),
-    'afhqv2':     dict(batch=256, lr=2e-5, d_lr=4e-5, freeze=0, kimg=10_000, ema_kimg=500,    **REAL,
+    'afhqv2':     dict(REAL, batch=256, batch_gpu=64, lr=2e-5, d_lr=4e-5, freeze=0, kimg=10_000, ema_kimg=500,
                        backbones=['deit', 'efficientnet'], teacher=OFFICIAL('afhqv2-64x64-uncond-ve')),
-    'imagenet64': dict(batch=512, lr=8e-6, d_lr=4e-5, freeze=1, kimg=10_000, ema_kimg=50_000, **REAL,
+    'imagenet64': dict(REAL, batch=512, batch_gpu=32, lr=8e-6, d_lr=4e-5, freeze=1, kimg=10_000, ema_kimg=50_000,
                        backbones=['deit', 'efficientnet'], teacher=OFFICIAL('imagenet-64x64-cond-adm')),
 }
 UNETS = ['unet', 'energy']  # discriminators on the diffusion model's own U-Net
@@ -76,6 +77,7 @@ def parse_args(argv=None):
     positive = edm_nets.positive
     p = edm_nets.common_flags('distributional', __doc__, PRESETS, argv)
     p.add_argument('--d-lr', type=positive(float), help='learning rate of the discriminator (%(default)s)')
+    p.add_argument('--loss', choices=['ns', 'linear'], default='ns', help='of the student (%(default)s)')
     p.add_argument('--freeze', type=int, choices=[0, 1],
                    help='1: GDD-I, most convolutions stay as they are; 0: GDD (%(default)s)')
     p.add_argument('--backbones', nargs='+', choices=[*UNETS, *FEATURES],
@@ -100,12 +102,15 @@ def parse_args(argv=None):
 # patches of four scales; from `unet` one for each resolution, from `energy` one.
 
 
-def generator_loss(fake_logits):
-    """Non-saturating GAN loss (Goodfellow et al. 2014), mean over patches and images, summed over backbones -> scalar.
+def generator_loss(fake_logits, form):
+    """GAN loss, mean over patches and images, summed over backbones -> scalar.
+
+    'ns': non-saturating (Goodfellow et al. 2014), as published. 'linear': E[-l], with projected backbones the recipe of
+    DMAD (arXiv:2610.02188) without its teacher head.
 
     Deviation: the published loss is the sum over the images of a GPU, so that its gamma depends on the number of GPUs.
     """
-    return sum(F.softplus(-l).mean() for l in fake_logits)
+    return sum((F.softplus(-l) if form == 'ns' else -l).mean() for l in fake_logits)
 
 
 def discriminator_loss(real_logits, fake_logits):
@@ -442,7 +447,7 @@ def train(args):
                 fake = edm_nets.one_step(ddp_student, z_student[rows], one_hot[rows], args.sigma_init)
             view = look(fake, projections, [part[rows] for part in student_noise])
             [fake_logits] = discriminator(view, labels=labels[rows], one_hot=one_hot[rows])
-            loss = generator_loss(fake_logits)
+            loss = generator_loss(fake_logits, args.loss)
             (loss / len(rounds)).backward()
             means.add(student_loss=loss)
         discriminator.requires_grad_(True)

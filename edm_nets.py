@@ -56,7 +56,8 @@ def make_filter(taps):
 def resample(x, f, up):
     """Factor-2 resampling with kernel f [1, 1, L, L]: [N, C, H, W] -> [N, C, 2H, 2W] or [N, C, H/2, W/2]."""
     if f.shape[-1] == 2:  # [1, 1]: nearest neighbour, or the mean of 2x2
-        return F.interpolate(x, scale_factor=2, mode='nearest') if up else F.avg_pool2d(x, 2)
+        with torch.autocast(x.device.type, enabled=False):  # CUDA's autocast would interpolate in float32
+            return F.interpolate(x, scale_factor=2, mode='nearest') if up else F.avg_pool2d(x, 2)
     f, padding = f.to(x.dtype).expand(x.shape[1], -1, -1, -1), (f.shape[-1] - 1) // 2
     if up:
         return F.conv_transpose2d(x, f * 4, stride=2, padding=padding, groups=x.shape[1])
@@ -441,6 +442,7 @@ def make_critic(kind, teacher, weights='teacher', **changes):
 def compile_networks(*nets):
     """torch.compile, in place, with static shapes: another batch size gets its own graphs, not slower dynamic ones."""
     torch._dynamo.config.recompile_limit = 64  # all networks share a forward(); past the limit it would run uncompiled
+    torch._dynamo.config.optimize_ddp = False  # or the graph is cut at every bucket of DDP, 47 times for ADM
     for net in nets:
         net.compile(dynamic=False)
 
@@ -727,11 +729,11 @@ REAL = dict(rampup_kimg=10_000, decay=0.0, kimg=200_000, ema_kimg=500, cond=0, x
 PRESETS = {
     'shapes':     dict(batch=64, lr=2e-3, dropout=0.00, rampup_kimg=5, decay=0.5, kimg=130, ema_kimg=500, cond=1,
                        xflip=False, snapshot_kimg=26, status_kimg=6.5, **SMALL),
-    'cifar10':    dict(REAL, batch=512, lr=1e-3, dropout=0.13, **DDPMPP),
-    'ffhq64':     dict(REAL, batch=256, lr=2e-4, dropout=0.05, **DDPMPP64),
-    'afhqv2':     dict(REAL, batch=256, lr=2e-4, dropout=0.25, **DDPMPP64),
-    'imagenet64': dict(REAL, batch=4096, lr=1e-4, dropout=0.10, kimg=2_500_000, ema_kimg=50_000, cond=1, xflip=False,
-                       snapshot_kimg=10_000, status_kimg=200, **ADM),
+    'cifar10':    dict(REAL, batch=512, batch_gpu=256, lr=1e-3, dropout=0.13, **DDPMPP),
+    'ffhq64':     dict(REAL, batch=256, batch_gpu=128, lr=2e-4, dropout=0.05, **DDPMPP64),
+    'afhqv2':     dict(REAL, batch=256, batch_gpu=128, lr=2e-4, dropout=0.25, **DDPMPP64),
+    'imagenet64': dict(REAL, batch=4096, batch_gpu=64, lr=1e-4, dropout=0.10, kimg=2_500_000, ema_kimg=50_000, cond=1,
+                       xflip=False, snapshot_kimg=10_000, status_kimg=200, **ADM),
 }
 
 
@@ -875,9 +877,11 @@ def open_teacher(path, dataset=None):
     net.model.map_augment, net.kwargs['augment_dim'] = None, 0  # as in DMD2: the methods do not augment
     net.fingerprint = data.fingerprint(net.state_dict().values())
     if dataset is not None and (
-            dataset.resolution != net.img_resolution or net.label_dim and dataset.label_dim != net.label_dim):
-        raise ValueError(f'{path} is a network of {net.img_resolution} px and {net.label_dim} classes, the data has '
-                         f'{dataset.resolution} px and {dataset.label_dim} classes')
+            (dataset.resolution, 3) != (net.img_resolution, net.img_channels)
+            or net.label_dim and dataset.label_dim != net.label_dim):
+        raise ValueError(
+            f'{path} is a network of {net.img_resolution} px, {net.img_channels} channels and {net.label_dim} classes, '
+            f'the data has {dataset.resolution} px, 3 channels and {dataset.label_dim} classes')
     return net
 
 # ----------------------------------------------------------------------------------------------------

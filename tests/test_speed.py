@@ -1,4 +1,4 @@
-"""What is done for speed changes no result, and no training step waits for the device; the benchmark runs."""
+"""What is done for speed changes no result, and no training step waits for the device; tests/gpu.py runs."""
 
 import collections
 import functools
@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bench
+import gpu
 import edm_nets
 from conftest import ROOT, run
 
@@ -94,13 +94,12 @@ def test_a_step_waits_for_nothing(script, more, command, tmp_path, monkeypatch):
     assert not [line for line in waits.lines if 'one_hot' not in line], waits.lines  # checks its input on CPUs alone
 
 
-def test_the_benchmark_runs(monkeypatch, capsys):
-    """With every function called once and timed by no clock."""
-    monkeypatch.setattr(bench, 'seconds', lambda function, repeat=1: (function(), 1)[1])
-    monkeypatch.setattr(sys, 'argv', ['bench.py', '--batch-gpu', '1'])
-    bench.main()
+def test_the_gpu_check_runs_on_a_cpu(monkeypatch, capsys):
+    """With one call of each function that is timed."""
+    monkeypatch.setattr(gpu, 'seconds', lambda function, repeat=1: (function(), 1)[1])
+    assert gpu.main(['--tiny']) == 0
     output = capsys.readouterr().out
-    assert all(text in output for text in ('matmul peak', '1 images, training_step', 'Inception:', 'Fréchet distance'))
+    assert all(f'\n{script} cifar10  ' in output and f'\n{script}  ' in output for script in gpu.SMALL), output
 
 
 def saved_bytes(net, x, sigma):
