@@ -11,6 +11,7 @@ The dataset `shapes` needs no folder: its images are drawn when they are asked f
 import argparse
 import collections
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -18,8 +19,10 @@ import os
 import shutil
 import sys
 import tarfile
+import tempfile
 import time
 import traceback
+import urllib.parse
 import urllib.request
 import zipfile
 import zlib
@@ -37,7 +40,8 @@ HOW_TO_PREPARE = {  # datasets that cannot be fetched
     'afhqv2': 'python data.py prepare AFHQV2_TRAIN datasets/afhqv2 --resolution 64 --no-labels',
     'imagenet64': 'python data.py prepare ILSVRC/Data/CLS-LOC/train datasets/imagenet64 --resolution 64'}
 MAX_CLASSES = 1 << 20  # a larger label is no class number
-IMAGE_TYPES = {'.png', '.jpg', '.jpeg', '.bmp', '.webp', '.gif', '.ppm', '.tif', '.tiff'}
+IMAGE_TYPES = {ending: kind for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN
+               and kind in ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'PPM', 'TIFF', 'AVIF')}  # not EPS: it is a program
 
 # ----------------------------------------------------------------------------------------------------
 # Pixels.
@@ -83,6 +87,7 @@ def save_panels(panels, path, columns=8, scale=2):
 # ----------------------------------------------------------------------------------------------------
 # Processes and run folders, which hold config.json, stats.jsonl, latest.pt and previous.pt. Collective: for all ranks.
 
+LOCKED = []  # the open stats.jsonl of this process's run
 MAY_CHANGE = {'out', 'data', 'teacher', 'batch_gpu', 'compile', 'snapshot_kimg', 'status_kimg', 'eval_images'}
 
 
@@ -133,6 +138,21 @@ def whole_file(path):
         raise OSError(f'cannot write {path}: {reason}') from None
     finally:
         Path(f'{path}.tmp').unlink(missing_ok=True)
+
+
+def lock(path, wait=False):
+    """Open the file `path`, locked until it is closed or its process ends. Raises BlockingIOError if another has it.
+
+    Without locks, on some file systems of clusters, it is only opened.
+    """
+    f = open(path, 'ab')
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(f'{path} is in use by another run (several processes start with torchrun)') from None
+    except OSError as error:
+        print(f'warning: cannot lock {path}: {error}', flush=True)
+    return f
 
 
 def check_finite(name, network):
@@ -198,17 +218,21 @@ def load_checkpoint(args, parts, may_change=frozenset(), **fingerprints):
 
 
 def start_log(args, state, plan, **more):
-    """Print the plan, write config.json, cut stats.jsonl back to the checkpoint; or say that all is done. Rank 0."""
+    """Print the plan, write config.json, cut stats.jsonl back to the checkpoint; or say that all is done. Rank 0.
+
+    From here to the end of the process no other run gets into the folder: there it raises BlockingIOError.
+    """
     if state.get('nimg', 0) >= args.kimg * 1000:
         return print(f'{args.out} is complete at {state["nimg"] / 1000:g} kimg, nothing to train', flush=True)
-    print(plan, flush=True)
     os.makedirs(args.out, exist_ok=True)
+    LOCKED.clear()  # closes the file of an earlier run of this process
+    LOCKED.append(log := lock(f'{args.out}/stats.jsonl'))
+    print(plan, flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'
     more |= dict(torch=torch.__version__, processes=dist.get_world_size(), device=device, command=sys.argv)
     with whole_file(f'{args.out}/config.json') as f:
         f.write(json.dumps(dict(vars(args), **more), indent=1).encode())
-    with open(f'{args.out}/stats.jsonl', 'ab') as f:
-        f.truncate(min(state.get('log_bytes', 0), f.tell()))
+    log.truncate(min(state.get('log_bytes', 0), log.tell()))
 
 
 def log_status(out, stats, total):
@@ -286,18 +310,20 @@ class Folder:
     def __init__(self, path):
         path, labelled = Path(path), (Path(path) / 'labels.npy').is_file()
         if not (path / 'images.npy').is_file():
-            command = HOW_TO_PREPARE.get(path.name, f'python data.py prepare SOURCE {path}')
+            names = f'{path} {path.with_suffix("")}' if path.is_file() else f'SOURCE {path}'
+            command = HOW_TO_PREPARE.get(path.name, f'python data.py prepare {names}')
             raise FileNotFoundError(f'no images.npy in {path}: make it with `{command}`')
         try:
             self.data = np.load(path / 'images.npy', mmap_mode='r')
             self.targets = np.load(path / 'labels.npy') if labelled else np.zeros(self.data.shape[:1], np.int64)
+            names = json.loads((path / 'classes.json').read_text()) if (path / 'classes.json').is_file() else []
             n, height, width, channels = self.data.shape
             if self.data.dtype != np.uint8 or height != width or channels != 3 or self.targets.dtype != np.int64 \
                     or self.targets.shape != (n,) or self.targets.min() < 0 or self.targets.max() >= MAX_CLASSES:
                 raise ValueError('expected images.npy of uint8 [N, R, R, 3], labels.npy of int64 [N], from 0')
         except Exception as error:  # whatever a damaged file can provoke
             raise ValueError(f'cannot use {path}: {error}') from None
-        self.resolution, self.label_dim = height, int(self.targets.max()) + 1 if labelled else 0
+        self.resolution, self.label_dim = height, max(int(self.targets.max()) + 1, len(names)) if labelled else 0
 
     def __len__(self):
         return len(self.data)
@@ -363,7 +389,8 @@ def open_dataset(dataset, path=None):
     if dataset == 'shapes' and path is None:
         return Shapes()
     if dataset == 'cifar10' and path is None and not os.path.exists('datasets/cifar10'):
-        prepare('cifar10', 'datasets/cifar10')
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            prepare('cifar10', 'datasets/cifar10')
     return Folder(path or f'datasets/{dataset}')
 
 # ----------------------------------------------------------------------------------------------------
@@ -371,48 +398,61 @@ def open_dataset(dataset, path=None):
 
 
 def cache_path(url):
-    """Where downloads are kept: $ONE_STEP_CACHE or ~/.cache/one-step-diffusion."""
-    folder = os.environ.get('ONE_STEP_CACHE') or Path.home() / '.cache' / 'one-step-diffusion'
-    return Path(folder) / f'{hashlib.md5(url.encode()).hexdigest()[:8]}-{url.rsplit("/", 1)[-1]}'
+    """Where a download is kept: in $ONE_STEP_CACHE, or ~/.cache/one-step-diffusion, or (without $HOME) in /tmp."""
+    home = os.environ.get('HOME') or tempfile.gettempdir()
+    folder = os.environ.get('ONE_STEP_CACHE') or f'{home}/.cache/one-step-diffusion'
+    name = urllib.parse.urlsplit(url).path.rsplit('/', 1)[-1][-100:]  # without the signature of a signed URL
+    return Path(folder) / f'{hashlib.md5(url.encode()).hexdigest()[:8]}-{name}'
 
 
 def download(url, path, timeout=30, **checksum):
     """Fetch `url` to `path` unless it is there: resumed after a break, verified, renamed when whole. Returns the Path.
 
-    checksum: md5='...' or sha256='...', the digest or its first digits. Raises OSError in one line.
+    checksum: md5='...' or sha256='...', the digest or its first digits. Of several processes one fetches, the others
+    wait. Raises OSError in one line.
     """
     path, partial = Path(path), Path(f'{path}.partial')
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    have = partial.stat().st_size if partial.exists() else 0
-    print(f'fetching {url}' + f', {have >> 20} MB already here' * (have > 0), flush=True)
     try:
-        request = urllib.request.Request(url, headers={'Range': f'bytes={have}-'} if have else {})
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            resumed = response.status == 206  # the server may ignore the range: start again
-            if resumed and not response.headers.get('Content-Range', '').startswith(f'bytes {have}-'):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        locked = lock(f'{path}.lock', wait=True)
+    except OSError as error:
+        raise OSError(f'cannot keep {url} ({error}): set ONE_STEP_CACHE to a folder that can be written') from None
+    with locked:
+        if path.exists():  # another process has fetched it
+            return path
+        have = partial.stat().st_size if partial.exists() else 0
+        print(f'fetching {url}' + f', {have >> 20} MB already here' * (have > 0), flush=True)
+        try:
+            request = urllib.request.Request(url, headers={'Range': f'bytes={have}-'} if have else {})
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                resumed = response.status == 206  # the server may ignore the range: start again
+                if resumed and not response.headers.get('Content-Range', '').startswith(f'bytes {have}-'):
+                    partial.unlink()
+                    raise OSError('the server sent another part than was asked for')
+                with open(partial, 'ab' if resumed else 'wb') as f:
+                    total = f.tell() + int(response.headers.get('Content-Length') or 0)
+                    while chunk := response.read(1 << 20):
+                        f.write(chunk)
+                        if f.tell() % (1 << 26) < len(chunk):  # every 64 MB
+                            print(f'  {f.tell() >> 20} of {total >> 20} MB', flush=True)
+                    if f.tell() < total:
+                        raise OSError(f'{f.tell()} of {total} bytes came')
+        except Exception as error:  # whatever a server or the disk can provoke
+            code = getattr(error, 'code', 0)
+            if code == 416:  # no such part: the file at the server has changed
+                partial.unlink(missing_ok=True)
+            reason = ' '.join(str(error).split()) or type(error).__name__
+            final = 'unknown url type' in reason or code in (400, 401, 403, 404, 410, 451)
+            raise OSError(f'cannot fetch {url}: {reason}; ' + (
+                'check the address' if final else 'run the same command again to go on')) from None
+        for name, expected in checksum.items():
+            digest = hashlib.new(name, partial.read_bytes()).hexdigest()
+            if not digest.startswith(expected):
                 partial.unlink()
-                raise OSError('the server sent another part than was asked for')
-            with open(partial, 'ab' if resumed else 'wb') as f:
-                total = f.tell() + int(response.headers.get('Content-Length') or 0)
-                while chunk := response.read(1 << 20):
-                    f.write(chunk)
-                    if f.tell() % (1 << 26) < len(chunk):  # every 64 MB
-                        print(f'  {f.tell() >> 20} of {total >> 20} MB', flush=True)
-                if f.tell() < total:
-                    raise OSError(f'{f.tell()} of {total} bytes came')
-    except Exception as error:  # whatever a server or the disk can provoke
-        if getattr(error, 'code', None) == 416:  # no such part: the file at the server has changed
-            partial.unlink(missing_ok=True)
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        raise OSError(f'cannot fetch {url}: {reason}; run the same command again to go on') from None
-    for name, expected in checksum.items():
-        digest = hashlib.new(name, partial.read_bytes()).hexdigest()
-        if not digest.startswith(expected):
-            partial.unlink()
-            raise OSError(f'{url} sent other bytes than expected ({name} {digest}, not {expected})')
-    os.replace(partial, path)
+                raise OSError(f'{url} sent other bytes than expected ({name} {digest}, not {expected})')
+        os.replace(partial, path)
     return path
 
 
@@ -424,24 +464,60 @@ def read_rows(name, pixels, labels):
         yield f'{name}[{i}]', image, label
 
 
-def read_images(source):
-    """Yield (name, image: path, open file or array [R, R, 3], label: int or None). Raises whatever can go wrong."""
-    if source.is_dir() and any(source.glob('*.npz')):  # downsampled ImageNet, which counts its classes from 1
+def read_tree(names, open_file, use_labels, classes, notes):
+    """`read_images` of a folder or a zip. names: of all that is in it, folders end with '/'; open_file(name).
+
+    The labels are those of EDM's dataset.json, {"labels": [[name, label], ...]} or null; without one, the top-level
+    folders are the classes, if there is more than one. One folder around everything is looked through.
+    """
+    hidden = {n for n in names if any(part[:1] in ('.', '@') or part == '__MACOSX' for part in n.split('/') if part)}
+    names, top = sorted(set(names) - hidden), ''
+    while len(tops := {n[len(top):].partition('/')[:2] for n in names if n != top}) == 1 and list(tops)[0][1]:
+        top += ''.join(tops.pop())
+    files = [n for n in names if not n.endswith('/')]
+    images = [n for n in files if Path(n).suffix.lower() in IMAGE_TYPES]
+    lists, labels = [n for n in files if n.rsplit('/', 1)[-1] == 'dataset.json'], {}
+    if use_labels and lists not in ([], [f'{top}dataset.json']):
+        raise ValueError(f'{lists[0]} does not lie beside all images: name its folder as SOURCE, or give --no-labels')
+    if use_labels and lists:
+        labels = dict(json.load(open_file(lists[0])).get('labels') or {})
+    elif use_labels and len(folders := {n[len(top):].split('/')[0] for n in names if '/' in n[len(top):]}) > 1:
+        classes += sorted(folders, key=lambda c: (int(c), c) if all(map(str.isdecimal, folders)) else c)
+        numbers = {c: i for i, c in enumerate(classes)}
+        labels = {n[len(top):]: numbers.get(n[len(top):].split('/')[0], 'missing') for n in images}
+    notes['hidden files'] = len([n for n in hidden if not n.endswith('/')])
+    notes['files that are no images'] = len(files) - len(images) - len(lists)
+    for n in images:
+        yield n, open_file(n), labels.get(n[len(top):], 'missing') if labels else None
+
+
+def read_images(source, use_labels, classes, notes):
+    """Yield (name, image: open file or array [R, R, 3], label: int or None). Raises whatever can go wrong.
+
+    Names of classes are appended to the list `classes`; what is passed over is counted in the Counter `notes`.
+    """
+    if source.is_dir() and any(source.glob('*.npz')):  # downsampled ImageNet, whose classes are in an order of its own
+        numbers = {}
+        if use_labels:  # lines like `n02119789 1 kit_fox`; the classes of EDM are the sorted n-numbers
+            if not (source / 'map_clsloc.txt').is_file():
+                raise ValueError('its labels need the map_clsloc.txt of its devkit beside the .npz, or --no-labels')
+            lines = sorted(line.split() for line in (source / 'map_clsloc.txt').read_text().splitlines() if line)
+            classes += [name for _, _, name in lines]
+            numbers = {int(number): i for i, (_, number, _) in enumerate(lines)}
         for f in sorted(source.glob('*.npz'), key=lambda f: (len(f.name), f.name)):
+            if f.name.startswith('val'):  # not for training
+                notes['validation files'] += 1
+                continue
             batch = np.load(f)
-            yield from read_rows(f.name, batch['data'], [label - 1 for label in batch['labels'].tolist()])
-    elif source.is_dir():  # the sorted top-level sub-folders are the classes, if there is more than one
-        files = sorted(f for f in source.rglob('*') if f.suffix.lower() in IMAGE_TYPES)
-        tops = [f.relative_to(source).parts[:-1][:1] for f in files]  # () for an image outside the sub-folders
-        classes = {top: i for i, top in enumerate(sorted(set(tops) - {()}))}
-        for f, top in zip(files, tops):
-            yield f, f, classes.get(top, 'missing') if len(classes) > 1 else None
-    elif zipfile.is_zipfile(source):  # EDM's, whose dataset.json has {"labels": [[name, label], ...]} or null
-        archive, labels = zipfile.ZipFile(source), {}
-        if 'dataset.json' in archive.namelist():
-            labels = dict(json.loads(archive.read('dataset.json')).get('labels') or {})
-        for name in sorted(n for n in archive.namelist() if Path(n).suffix.lower() in IMAGE_TYPES):
-            yield name, archive.open(name), labels.get(name, 'missing') if labels else None
+            labels = [numbers.get(n, f'{n} is not in map_clsloc.txt') for n in batch['labels'].tolist()] \
+                if use_labels else [None] * len(batch['data'])
+            yield from read_rows(f.name, batch['data'], labels)
+    elif source.is_dir():
+        names = [f'{f.relative_to(source).as_posix()}{"/" * f.is_dir()}' for f in source.rglob('*')]
+        yield from read_tree(names, lambda name: open(source / name, 'rb'), use_labels, classes, notes)
+    elif zipfile.is_zipfile(source):
+        archive = zipfile.ZipFile(source)
+        yield from read_tree(archive.namelist(), archive.open, use_labels, classes, notes)
     elif tarfile.is_tarfile(source):  # CIFAR-10, the binary version: there is no pickle in it
         with tarfile.open(source) as tar:
             members = {Path(m.name).name: m for m in tar if m.isfile() and m.size < 1 << 26}
@@ -456,25 +532,31 @@ def read_images(source):
         raise ValueError('neither a folder, a whole zip nor a CIFAR-10 tarball (truncated?)')
 
 
-def decode(name, image, resolution):
-    """Path, file or uint8 [H, W, 3] -> (RGB uint8 [H, W, 3], the mode that it had). Raises ValueError.
+def decode(name, image, resolution, notes):
+    """Open file or uint8 [H, W, 3] -> RGB uint8 [H, W, 3]. Raises ValueError. What was done is counted in `notes`.
 
     With a resolution: centre crop to a square, then Lanczos, as EDM's `center-crop` does.
     """
     try:
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image)
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(
+            image, formats=[*set(IMAGE_TYPES.values())])
         image.load()
+        turned = image.getexif().get(0x0112, 1) != 1
     except Exception as error:  # whatever a damaged image, or its archive, can provoke
         raise ValueError(f'cannot read {name}: {error}') from None
-    mode = image.mode
-    if mode not in ('RGB', 'L', 'LA', 'RGBA', 'P', 'CMYK', '1'):
-        raise ValueError(f'{name} has mode {mode}: convert it to 8-bit RGB')
+    if image.mode not in ('RGB', 'L', 'LA', 'RGBA', 'P', 'CMYK', '1'):
+        raise ValueError(f'{name} has mode {image.mode}: convert it to 8-bit RGB')
+    notes[f'converted from {image.mode}'] += image.mode != 'RGB'
+    notes['left as they lie, though their EXIF says to turn them (as EDM does)'] += turned
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
+        notes['transparent, put on white'] += 1
     image = image.convert('RGB')
     if resolution:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side)).resize([resolution] * 2, Image.Resampling.LANCZOS)
-    return np.asarray(image), mode
+    return np.asarray(image)
 
 
 def prepare(source, dest, resolution=None, use_labels=True):
@@ -484,44 +566,56 @@ def prepare(source, dest, resolution=None, use_labels=True):
         raise FileExistsError(f'{dest} exists already: remove it first, or name another place')
     if str(source) == 'cifar10':
         source = download(CIFAR10_URL, dest.parent / CIFAR10_URL.rsplit('/', 1)[-1], md5=CIFAR10_MD5)
-    temporary = dest.with_name(f'.{dest.name}.partial')
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = dest.with_name(f'.{dest.name}.{os.getpid()}.partial')
     temporary.mkdir(parents=True)
-    labels, modes, side = [], [], None
+    labels, classes, n, side, notes = [], [], 0, None, collections.Counter()
     try:
         with open(temporary / 'images.npy', 'wb') as f:  # not a memmap: on a full disk that would die of SIGBUS
             f.write(bytes(128))  # the place of the header
-            for name, image, label in read_images(Path(source)):
-                pixels, mode = decode(name, image, resolution)
+            for name, image, label in read_images(Path(source), use_labels, classes, notes):
+                pixels = decode(name, image, resolution, notes)
                 height, width, _ = pixels.shape
                 side = side or height
                 if not width == height == side:
                     raise ValueError(f'{name} is {width}x{height}, not {side}x{side}: give --resolution to resize')
-                if label is not None and use_labels:
+                if label is not None:
                     if type(label) is not int or not 0 <= label < MAX_CLASSES:
                         raise ValueError(f'label {label!r} of {name}: expected a class number, or --no-labels')
                     labels.append(label)
                 f.write(pixels.tobytes())
-                modes.append(mode)
-                if len(modes) % 10_000 == 0:
-                    print(f'  {len(modes)} images', flush=True)
-            if not modes or len(labels) not in (0, len(modes)):
-                raise ValueError(f'{len(modes)} images, {len(labels)} labels: expected labels for all or none')
+                n += 1
+                if n % 10_000 == 0:
+                    print(f'  {n} images', flush=True)
+            if not n or len(labels) not in (0, n):
+                raise ValueError(f'{n} images, {len(labels)} labels: expected labels for all or none')
             f.seek(0)
-            shape = (len(modes), side, side, 3)
-            np.lib.format.write_array_header_1_0(f, dict(descr='|u1', fortran_order=False, shape=shape))
+            np.lib.format.write_array_header_1_0(f, dict(descr='|u1', fortran_order=False, shape=(n, side, side, 3)))
             f.flush()
             os.fsync(f.fileno())
         if labels:
             np.save(temporary / 'labels.npy', np.array(labels, np.int64))
+        if labels and classes:
+            (temporary / 'classes.json').write_text(json.dumps(classes))
+        if dest.exists():
+            raise FileExistsError(f'{dest} exists by now: another process made it')
         os.replace(temporary, dest)
     except Exception as error:  # whatever a damaged or hostile source can provoke; told in one line, never hidden
+        if isinstance(error, FileExistsError):
+            raise
         kind = '' if isinstance(error, (OSError, ValueError)) else f'damaged? {type(error).__name__}: '
         raise ValueError(f'cannot prepare {source}: {kind}{error}') from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    origin = ', '.join(f'{n} from {mode}' for mode, n in collections.Counter(modes).items())
-    print(f'{dest}: {len(modes)} images {side}x{side} ({origin}), {len(set(labels)) or "no"} classes')
+    counts = np.bincount(labels, minlength=len(classes)) if labels else []
+    names = [f'{i} = {name}' for i, name in enumerate(classes)] or list(map(str, range(len(counts))))
+    shown = [f'{name} ({count})' for name, count in zip(names, counts)]
+    if 0 in counts:
+        print(f'warning: there are no images of class {", ".join(names[i] for i in np.flatnonzero(counts == 0))}')
+    if notes := +notes:  # those above 0
+        print('; '.join(f'{what}: {count}' for what, count in notes.items()))
+    shown = shown if len(shown) <= 12 else [*shown[:5], '...', *shown[-3:]]
+    print(f'{dest}: {n} images {side}x{side}, ' + (
+        f'{len(counts)} classes: {", ".join(shown)}' if labels else 'no labels'))
 
 
 def main(argv=None):

@@ -146,6 +146,8 @@ def make_discriminator(channels):
 
 def setup():
     """Join torchrun's process group, or be a world of one. Returns (rank, world_size, device)."""
+    if 'RANK' in os.environ and 'LOCAL_RANK' not in os.environ:
+        raise ValueError('RANK is set and LOCAL_RANK is not: start several processes with torchrun')
     if 'RANK' not in os.environ:
         os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='localhost', MASTER_PORT='0')
     device = torch.device('cpu')
@@ -190,13 +192,13 @@ def train(args):
     # and 100 steps its relative error was 4-6, 0.5-0.9, 0.1 in bf16, 0.6-0.9, 0.1, 0.01 in fp16 (teacher of shapes).
     fp16 = args.precision == 'bf16' and args.score_precision == 'fp16'
     score_autocast = functools.partial(torch.autocast, device.type, torch.float16, enabled=fp16)
-    if args.teacher is None:
-        args.teacher = edm_nets.shapes_teacher() if args.dataset == 'shapes' else edm_nets.TEACHERS[args.dataset]
 
     # Data. The method needs none; only scores and the GAN term do.
     needed, cache = args.eval_images or args.gan_weight, f'{args.out}/reference-{args.features}.npz'
     dataset = data.rank0_first(data.open_dataset, args.dataset, args.data) if needed else None
     ruler = fid.Ruler(dataset, args.features, device, cache=cache) if args.eval_images else None
+    if args.teacher is None:
+        args.teacher = edm_nets.shapes_teacher() if args.dataset == 'shapes' else edm_nets.TEACHERS[args.dataset]
 
     # Networks, all in eval mode: no dropout, as in DMD2 (Deviation: Diff-Instruct keeps it). The fake score is at first
     # the copy that is degraded. The target starts as the teacher; along the path its weights are swapped in place.

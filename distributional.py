@@ -317,6 +317,8 @@ def make_discriminator(args, teacher, dataset, device):
 
 def setup():
     """Join torchrun's process group, or be a world of one. Returns (rank, world_size, device)."""
+    if 'RANK' in os.environ and 'LOCAL_RANK' not in os.environ:
+        raise ValueError('RANK is set and LOCAL_RANK is not: start several processes with torchrun')
     if 'RANK' not in os.environ:
         os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='localhost', MASTER_PORT='0')
     device = torch.device('cpu')
@@ -357,12 +359,12 @@ def train(args):
     rounds = [slice(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == 'bf16')
-    args.teacher = args.teacher or edm_nets.shapes_teacher()
 
     # Data.
     dataset = data.rank0_first(data.open_dataset, args.dataset, args.data)
     ruler = args.eval_images and fid.Ruler(
         dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
+    args.teacher = args.teacher or edm_nets.shapes_teacher()
 
     # Networks. The student has no dropout. Deviation: EDM's preconditioning, without the published one's small eps.
     student = edm_nets.open_teacher(args.teacher, dataset)

@@ -156,14 +156,17 @@ class UNetBlock(nn.Module):
         else:
             h = F.silu(self.norm1(h + m))
         h = self.conv1(F.dropout(h, self.dropout, self.training))
-        x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
+        x = self.join(h, x if self.skip is None else self.skip(x))
         if self.heads:
             n, c, height, width = x.shape
             qkv = self.qkv(self.norm2(x)).reshape(n, self.heads, c // self.heads, 3, height * width)
             q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()  # each [N, heads, H*W, C/heads]; q|k|v vary fastest
             a = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, c, height, width)
-            x = (self.proj(a) + x) * self.skip_scale
+            x = self.join(self.proj(a), x)
         return x
+
+    def join(self, h, x):
+        return h + x if self.skip_scale == 1 else (h + x) * self.skip_scale
 
 # ----------------------------------------------------------------------------------------------------
 # U-Nets.
@@ -477,6 +480,10 @@ def load(path_or_url):
     try:
         if zipfile.is_zipfile(path):  # torch.save
             content = torch.load(path, map_location='cpu', weights_only=True)
+            if 'net_kwargs' not in content:
+                raise ValueError(
+                    'it is a checkpoint: give teacher-*.pt or student-*.pt beside it' if 'config' in content else
+                    'it has no net_kwargs, as a bare state dict: edm_nets.save writes what is needed')
             kwargs, state, sigma_init = (content[key] for key in ('net_kwargs', 'net', 'sigma_init'))
         else:
             kwargs, state, sigma_init = *read_official_pickle(path), None
@@ -493,13 +500,30 @@ def load(path_or_url):
     except Exception as error:  # whatever a damaged or hostile file can provoke; told in one line, never hidden
         if isinstance(error, (MemoryError, OSError)) or 'allocate memory' in str(error):
             raise
-        reason = str(error).strip().split('\n')[0] or type(error).__name__
+        reason = explain(path, error)
         if path != Path(path_or_url):  # fetched: do not keep what is no network
             path.unlink(missing_ok=True)
             reason += '; removed from the cache'
         raise ValueError(f'cannot load {path_or_url}: {reason}') from None
     net.sigma_init = sigma_init
     return net.float().eval().requires_grad_(False)
+
+
+def explain(path, error):
+    """Why `path` could not be loaded, in one line: what the file is instead, or what the error says."""
+    with open(path, 'rb') as f:
+        start, reason = f.read(100).lstrip().lower(), str(error).strip() or type(error).__name__
+    if start.startswith(b'version https://git-lfs'):
+        return 'it is a pointer of git-lfs: fetch the file itself with `git lfs pull`'
+    if start.startswith(b'<'):
+        return 'it is a web page: is the address right?'
+    if start.startswith(b'\x1f\x8b'):
+        return 'it is compressed: unpack it with `gunzip`'
+    if reason.startswith('Weights only load failed'):
+        return 'it holds other objects than tensors; of a training with EDM, network-snapshot-*.pkl is the network'
+    if reason.startswith('Error(s) in loading'):  # one line for each kind of fault, which lists all keys
+        return reason.split('\n')[1].strip().split('", "')[0].rstrip('. ')
+    return reason.split('\n')[0]
 
 
 class Recorded:
@@ -675,9 +699,13 @@ def common_flags(script, description, presets, argv):
     p.add_argument('--snapshot-kimg', type=positive(float), help='between snapshots, with scores (%(default)s)')
     p.add_argument('--status-kimg', type=positive(float), help='between status lines (%(default)s)')
     if script != 'teacher':
+        def enough(text):
+            if 0 < int(text) < 10:
+                raise argparse.ArgumentTypeError('expected at least 10, or 0 for no scores')
+            return int(text)
         p.add_argument('--teacher', help='path or URL (the official EDM network; for shapes, trained here once)')
         p.add_argument('--sigma-init', type=positive(float), help='noise level of the one step (%(default)s)')
-        p.add_argument('--eval-images', type=int, help='images per score; 0: no scores (%(default)s)')
+        p.add_argument('--eval-images', type=enough, help='images per score; 0: no scores (%(default)s)')
         p.set_defaults(features='pixels' if dataset == 'shapes' else 'inception')
         p.add_argument('--features', choices=['inception', 'pixels'], help='of the score (%(default)s)')
     return p
@@ -688,6 +716,8 @@ def common_flags(script, description, presets, argv):
 
 def setup():
     """Join torchrun's process group, or be a world of one. Returns (rank, world_size, device)."""
+    if 'RANK' in os.environ and 'LOCAL_RANK' not in os.environ:
+        raise ValueError('RANK is set and LOCAL_RANK is not: start several processes with torchrun')
     if 'RANK' not in os.environ:
         os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='localhost', MASTER_PORT='0')
     device = torch.device('cpu')
@@ -789,6 +819,8 @@ def train(args):
     torch.manual_seed(args.seed)
     dataset = data.rank0_first(data.open_dataset, args.dataset, args.data)
     label_dim = dataset.label_dim if args.cond else 0
+    if args.cond and not label_dim:
+        raise ValueError('--cond 1 needs labels, and the data has none: give --cond 0')
     net = make_network(args, dataset.resolution, label_dim).to(device, memory_format=torch.channels_last).train()
     net.sigma_init = args.sigma  # None: all noise levels, and no one-step sampler
     ema = copy.deepcopy(net).eval().requires_grad_(False)

@@ -288,12 +288,15 @@ class Ruler:
     """Scores images against a reference: mean `mu` and covariance `sigma` of its features. Collective.
 
     features: 'inception' for FID, with weights from the file `inception` or fetched; 'pixels' for pixel-FD. The
-    reference is the whole `dataset`, or the .npz file `ref` as it is. The .npz file `cache` keeps what was measured;
-    one of other data or features is made anew. Raises ValueError for fewer than ten images, or an unfit `ref`.
+    reference is the whole `dataset`, or the .npz file `ref` (a path or URL) as it is; then `dataset` may be None, and
+    there is no precision and recall. The .npz file `cache` keeps what was measured; one of other data or features is
+    made anew. Raises ValueError for fewer than ten images, or an unfit `ref`.
     """
 
     def __init__(self, dataset, features, device, inception=None, ref=None, cache=None):
-        if len(dataset) < 10:
+        if dataset is None and (ref is None or features == 'pixels'):
+            raise ValueError('give the prepared data: without it, only FID against a --ref can be measured')
+        if dataset is not None and len(dataset) < 10:
             raise ValueError(f'{len(dataset)} images are too few to compare with; --eval-images 0: no scores')
         self.dataset, self.device = dataset, device
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -303,6 +306,8 @@ class Ruler:
             layout = torch.contiguous_format if device.type == 'cuda' else torch.channels_last  # faster on a CPU
             self.net = data.rank0_first(inception_v3, inception).to(device, memory_format=layout)
         self.d = 2048 if self.net else 3 * dataset.resolution ** 2
+        if ref and '://' in str(ref):
+            ref = data.rank0_first(data.download, ref, data.cache_path(ref))
         self.mu, self.sigma = load_statistics(ref, self.d) if ref else self.reference(cache)
 
     def reference(self, cache):
@@ -356,12 +361,13 @@ class Ruler:
         statistics, (images, features, logits) = self.measure(images_of, num, keep=True, batch=batch)
         mu, sigma, n = statistics.result()
         scores = {self.name: frechet_distance(mu, sigma, self.mu, self.sigma), 'images': n}
-        few = min(n, PR_IMAGES, len(self.dataset))
-        if self.real is None or len(self.real) != few:  # the same at every scoring of a run
+        few = min(n, PR_IMAGES, len(self.dataset or ()))
+        if few and (self.real is None or len(self.real) != few):  # the same at every scoring of a run
             chosen = np.random.default_rng(0).permutation(len(self.dataset))[:few]  # folders are sorted by class
             _, (_, real, _) = self.measure(lambda i: self.dataset.images(chosen[i]), few, keep=True, batch=batch)
             self.real = real.to(self.device)
-        scores['precision'], scores['recall'] = precision_recall(self.real, features.to(self.device))
+        if few:
+            scores['precision'], scores['recall'] = precision_recall(self.real, features.to(self.device))
         if self.net:
             scores['IS'] = inception_score(logits)
         if isinstance(self.dataset, data.Shapes):
@@ -434,7 +440,9 @@ def main(argv=None):
                    help='number of images (%(default)s); with torchrun, use --images')
     p.add_argument('--seed', type=int, default=0, help='seed of the first image (%(default)s)')
     p.add_argument('--steps', type=edm_nets.positive(int), help='Heun steps (1 for a student, 18 for a teacher)')
-    p.add_argument('--ref', help='reference statistics .npz, such as those of EDM (default: measured on the dataset)')
+    p.add_argument('--sigma-init', type=edm_nets.positive(float), help='noise level of the one step (as in the file)')
+    p.add_argument('--precision', choices=['bf16', 'fp32'], default='fp32', help='of the network (%(default)s)')
+    p.add_argument('--ref', help="reference .npz, path or URL, such as EDM's (default: measured on the dataset)")
     p.add_argument('--batch', type=edm_nets.positive(int), default=250, help='images at a time (%(default)s)')
     p = commands.add_parser('ref', parents=[shared], help='write reference statistics', allow_abbrev=False)
     p.add_argument('--out', required=True, help='.npz file to write')
@@ -442,23 +450,27 @@ def main(argv=None):
     with data.clear_errors(f'fid.py {args.command}'):
         rank, _, device = edm_nets.setup()
         features = args.features or ('pixels' if args.dataset == 'shapes' else 'inception')
-        dataset = data.rank0_first(data.open_dataset, args.dataset, args.data)
+        folder = args.data or f'datasets/{args.dataset}'
+        optional = args.command == 'score' and args.ref and features == 'inception' and not os.path.exists(folder)
+        dataset = None if optional else data.rank0_first(data.open_dataset, args.dataset, args.data)
         if args.command == 'ref':
             Ruler(dataset, features, device, args.inception, cache=args.out)
             line = f'{args.out}: {features} statistics of {len(dataset)} images'
         else:
             net = data.rank0_first(edm_nets.load, args.net).to(device)
+            net.sigma_init = args.sigma_init or net.sigma_init
             steps = args.steps or (18 if net.sigma_init is None else 1)
             if steps == 1 and net.sigma_init is None:
-                raise ValueError(f'{args.net} is a teacher, not a one-step student: give more --steps')
-            if net.img_resolution != dataset.resolution:
+                raise ValueError(f'{args.net} is a teacher, not a one-step student: give more --steps, or --sigma-init')
+            if dataset is not None and net.img_resolution != dataset.resolution:
                 raise ValueError(f'{args.net} makes {net.img_resolution} px, the data has {dataset.resolution} px')
             if args.num != 50_000 and rank == 0:
                 print(f'warning: scores of {args.num} images cannot be compared with those of 50,000', flush=True)
             ruler = Ruler(dataset, features, device, args.inception, args.ref)
             start = time.perf_counter()
-            scores = ruler.score(lambda i: edm_nets.generate(net, args.seed + i, None if steps == 1 else steps),
-                                 args.num, args.batch)
+            autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == 'bf16')
+            images_of = autocast(lambda i: edm_nets.generate(net, args.seed + i, None if steps == 1 else steps))
+            scores = ruler.score(images_of, args.num, args.batch)
             scores['seconds'] = time.perf_counter() - start
             line = '  '.join(f'{k} {v:.5g}' for k, v in scores.items())
         if rank == 0:

@@ -213,6 +213,8 @@ def best_of(student, ratio_net, seeds, K, verifier, batch=256):
 
 def setup():
     """Join torchrun's process group, or be a world of one. Returns (rank, world_size, device)."""
+    if 'RANK' in os.environ and 'LOCAL_RANK' not in os.environ:
+        raise ValueError('RANK is set and LOCAL_RANK is not: start several processes with torchrun')
     if 'RANK' not in os.environ:
         os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='localhost', MASTER_PORT='0')
     device = torch.device('cpu')
@@ -253,13 +255,13 @@ def train(args):
     rounds = [slice(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == 'bf16')
-    if args.teacher is None:
-        args.teacher = edm_nets.shapes_teacher() if args.dataset == 'shapes' else edm_nets.TEACHERS[args.dataset]
 
     # Data.
     dataset = data.rank0_first(data.open_dataset, args.dataset, args.data)
     ruler = args.eval_images and fid.Ruler(
         dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
+    if args.teacher is None:
+        args.teacher = edm_nets.shapes_teacher() if args.dataset == 'shapes' else edm_nets.TEACHERS[args.dataset]
 
     # Networks, all in eval mode: no dropout. The teacher is needed for its weights only.
     teacher = edm_nets.open_teacher(args.teacher, dataset)

@@ -73,7 +73,7 @@ def command(tmp_path_factory):
         (folder / name).mkdir()
         np.save(folder / name / 'images.npy', data.Shapes(64).images(np.arange(64)).permute(0, 2, 3, 1))
     np.save(folder / 'data3' / 'labels.npy', np.arange(64) % 3)
-    for classes, more in (None, '--kimg 0.5 --snapshot-kimg 9'), (0, ''), (3, ''):
+    for classes, more in (None, '--kimg 0.5 --snapshot-kimg 9'), (0, '--cond 0'), (3, ''):
         assert run(*command('edm_nets', folder / f'teacher{classes}', more, classes)).returncode == 0
     return command
 

@@ -65,8 +65,9 @@ def run(script, flags):
     except SystemExit:
         return False
     finally:
-        gc.collect()  # cycles that hold networks
-        torch.cuda.empty_cache()
+        if torch.cuda.is_available():
+            gc.collect()  # cycles that hold networks
+            torch.cuda.empty_cache()
 
 
 def no_images(*_, **__):
@@ -88,7 +89,7 @@ def losses(script, kimg, flags, device):
             mock.patch('torch.randn', drawn_on_the_cpu(torch.randn)), \
             mock.patch('torch.randint', drawn_on_the_cpu(torch.randint)), \
             mock.patch('torch.cuda.is_available', lambda: device == 'cuda'), \
-            mock.patch('fid.summarize'), mock.patch('edm_nets.generate', no_images):
+            mock.patch('fid.summarize'), mock.patch('data.save_checkpoint'), mock.patch('edm_nets.generate', no_images):
         if not run(script, f'{SMALL[script].format(kimg=kimg)} --kimg {kimg} --status-kimg 1e-3 {flags}'):
             return {}
     lines = fid.read_stats(out)

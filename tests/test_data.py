@@ -59,19 +59,22 @@ def prepare(folder, source, *flags):  # the source is the bytes of a file, or {n
     return run(ROOT / 'data.py', 'prepare', folder / 'source', folder / 'dest', *flags)
 
 
+MAP = '\n'.join(f'n{99 - i if i < 10 else 0:02} {i + 1} name_{i}' for i in range(11)).encode()  # nearly in reverse
 PICTURE, ROWS, ONES = png(pictures(1)[0]), pictures(11).transpose(0, 3, 1, 2).reshape(11, -1), np.ones(11, np.int64)
 
 
 @pytest.mark.parametrize('source, images, labels', [
     (edm_zip([2, 0, 1, 0]), pictures(4), [2, 0, 1, 0]), (tarball(), pictures(5, 32), [3, 0, 9, 1, 2]),
-    (edm_zip(None, **dict.fromkeys(['../../x.png', '/x.png', 'C:\\x.png'], PICTURE)), pictures(4)[[0, 0, *range(4), 0]],
-     [0] * 7),
-    ({f'train_data_batch_{i}.npz': saved(np.savez, data=ROWS[i:i + 1], labels=[i + 1]) for i in range(11)},
-     pictures(11), list(range(11)))], ids=['EDM', 'CIFAR', 'names that lead elsewhere', 'downsampled ImageNet'])
+    (edm_zip(None, **dict.fromkeys(['../../x.png', '/x.png', 'C:\\x.png'], PICTURE)), pictures(4)[[0, *range(4), 0]],
+     [0] * 6),
+    ({**{f'train_data_batch_{i}.npz': saved(np.savez, data=ROWS[i:i + 1], labels=[i + 1]) for i in range(11)},
+      'val_data.npz': b'not for training', 'map_clsloc.txt': MAP}, pictures(11), [*range(10, 0, -1), 0])],
+    ids=['EDM', 'CIFAR', 'names that lead elsewhere', 'downsampled ImageNet'])
 def test_source_is_prepared_and_nothing_else_written(tmp_path, source, images, labels):
     before = set(tmp_path.parent.rglob('*.*'))
     prepare(tmp_path, source)
-    assert {path.name for path in set(tmp_path.parent.rglob('*.*')) - before} <= {'images.npy', 'labels.npy', *source}
+    written = {path.name for path in set(tmp_path.parent.rglob('*.*')) - before}
+    assert written <= {'images.npy', 'labels.npy', 'classes.json', *source}
     dataset, every = data.Folder(tmp_path / 'dest'), np.arange(len(images))
     assert np.array_equal(dataset.images(every), images.transpose(0, 3, 1, 2)) and len(dataset) == len(images)
     assert dataset.labels(every).tolist() == labels and dataset.label_dim == (max(labels) + 1 if any(labels) else 0)
@@ -85,7 +88,84 @@ def test_image_folder_with_classes_crop_and_modes(tmp_path):
         '--resolution', '16')
     dataset, expected = data.Folder(tmp_path / 'dest'), wide.crop((5, 0, 35, 30)).resize((16, 16), Image.LANCZOS)
     assert np.array_equal(dataset.images([2])[0].permute(1, 2, 0), np.asarray(expected))
-    assert dataset.labels(np.arange(4)).tolist() == [0, 0, 1, 1] and '1 from L' in done.stdout
+    assert dataset.labels(np.arange(4)).tolist() == [0, 0, 1, 1] and 'from L: 1; converted from CMYK: 1' in done.stdout
+
+
+INDEX, GREY = json.dumps(dict(labels=[['a/0.png', 1], ['b/1.png', 0]])).encode(), png(np.zeros([8, 8], np.uint8))
+LAYOUTS = {  # what is on the disk, the labels, what is said
+    'dataset.json in a folder': ({'a/0.png': GREY, 'b/1.png': GREY, 'dataset.json': INDEX}, [1, 0], '0 (1), 1 (1)'),
+    'all in one folder': ({'x/a/0.png': GREY, 'x/b/1.png': GREY, 'x/dataset.json': INDEX}, [1, 0], '0 (1), 1 (1)'),
+    'zip': ({'x/a/0.png': GREY, 'x/b/1.png': GREY, 'x/dataset.json': INDEX, '__MACOSX/._x': b''}, [1, 0], 'files: 1'),
+    'hidden': ({'cat/1.png': GREY, 'cat/._1.png': b'', '.trash/2.png': GREY, '@eaDir/3.png': b'', 'dog/4.png': GREY,
+                'Thumbs.db': b''}, [0, 1], 'hidden files: 3; files that are no images: 1'),
+    'empty class': ({'n00/1.png': GREY, 'n01': None, 'n02/2.png': GREY, 'n03': None}, [0, 2], 'class 1 = n01, 3 = n03'),
+    'numbers': ({f'{i}/1.png': GREY for i in range(11)}, [0, 1, 10, *range(2, 10)], ' 9 = 9 (1), 10 = 10 (1)'),
+    'parts': ({f'{part}/{name}/1.png': GREY for part in ('train', 'val') for name in 'ab'}, [0, 0, 1, 1],
+              '2 classes: 0 = train (2), 1 = val (2)'),
+    'many': ({f'c{i:02}/1.png': GREY for i in range(20)}, list(range(20)), '4 = c04 (1), ..., 17 = c17 (1), 18'),
+    'no classes': ({'x/1.png': GREY, 'x/2.jfif': saved(Image.new('RGB', [8, 8]).save, 'jpeg')}, None, 'no labels')}
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_layout_is_understood_and_told(tmp_path, layout):
+    files, labels, message = LAYOUTS[layout]
+    for name, content in files.items():
+        if content is None:
+            (tmp_path / 'source' / name).mkdir()
+            files = {name: content for name, content in files.items() if content is not None}
+        (tmp_path / 'source').mkdir(exist_ok=True)
+    if layout == 'zip':
+        with zipfile.ZipFile(out := io.BytesIO(), 'w') as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+        (tmp_path / 'source').rmdir()
+        files = out.getvalue()
+    done = prepare(tmp_path, files)
+    assert message in done.stdout, (done.stdout, done.stderr)
+    dataset = data.Folder(tmp_path / 'dest')
+    assert dataset.labels(np.arange(len(dataset))).tolist() == (labels or [0, 0])
+    assert dataset.label_dim == (0 if labels is None else 4 if layout == 'empty class' else max(labels) + 1)
+
+
+@pytest.mark.parametrize('source', [
+    edm_zip([0, 1, 2, 3], **{'x.png': PICTURE}), {'a/1.png': PICTURE, 'b/1.png': PICTURE, '2.png': PICTURE},
+    {'x.npz': saved(np.savez, data=ROWS)}, {'x/dataset.json': b'?', 'x/1.png': PICTURE, 'y/1.png': PICTURE}],
+    ids=['some labels', 'images beside classes', 'no labels', 'dataset.json that is not on top'])
+def test_labels_that_cannot_be_used_are_an_error_or_not_read(tmp_path, source):
+    done = prepare(tmp_path, source)
+    assert done.returncode == 1 and '--no-labels' in done.stderr and done.stderr.count('\n') == 1
+    assert prepare(tmp_path, source, '--no-labels').returncode == 0 and data.Folder(tmp_path / 'dest').label_dim == 0
+
+
+def test_transparency_and_turned_images(tmp_path):
+    glass, turned = Image.new('RGBA', [8, 8], (255, 0, 0, 0)), Image.new('RGB', [8, 8])
+    turned.getexif()[0x0112] = 6
+    turned = saved(turned.save, 'jpeg', exif=turned.getexif())
+    done = prepare(tmp_path, {'a.png': saved(glass.save, 'png'), 'b.jpg': turned})
+    assert data.Folder(tmp_path / 'dest').images([0]).unique().tolist() == [255]  # not the red under it
+    assert 'EXIF says to turn them (as EDM does): 1; ' in done.stdout and 'put on white: 1' in done.stdout
+
+
+def test_a_zip_in_place_of_a_prepared_folder_is_no_place_to_prepare_to(tmp_path):
+    (tmp_path / 'x.zip').write_bytes(edm_zip(None))
+    with pytest.raises(FileNotFoundError, match=f'`python data.py prepare {tmp_path}/x.zip {tmp_path}/x`'):
+        data.open_dataset('cifar10', tmp_path / 'x.zip')
+
+
+def test_two_that_prepare_the_same_do_not_mix(tmp_path, monkeypatch):
+    (tmp_path / 'source').write_bytes(edm_zip(None))
+    decode, others = data.decode, [16]
+
+    def meanwhile(*args):  # at the first image of 8 px another process makes one of 16 px, from beginning to end
+        if others:
+            monkeypatch.setattr('os.getpid', lambda: 1)
+            data.prepare(tmp_path / 'source', tmp_path / 'dest', others.pop())
+        return decode(*args)
+    monkeypatch.setattr(data, 'decode', meanwhile)
+    with pytest.raises(FileExistsError, match='another process made it'):
+        data.prepare(tmp_path / 'source', tmp_path / 'dest')
+    assert data.Folder(tmp_path / 'dest').images(np.arange(4)).shape == (4, 3, 16, 16)
+    assert {path.name for path in tmp_path.iterdir()} == {'source', 'dest'}
 
 
 FAULTY = {
@@ -100,9 +180,10 @@ FAULTY = {
        for method in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED)},
     'damaged xz': (x := tarball(mode='w:xz'))[:40] + bytes(20) + x[60:], 'cut tarball': tarball()[:3000],
     'label 77': tarball([0, 1, 77, 2, 3]), 'no data_batch_5': tarball(range(4)),
-    **{f'npz {name}': {'x.npz': saved(np.savez, data=rows, labels=labels)} for name, (rows, labels) in dict(
-        floats=(ROWS / 255, ONES), short=(ROWS, ONES[:3]), long=(ROWS, [1] * 12), oblong=(ROWS[:, :100], ONES),
-        half=(ROWS, ONES / 2), zero=(ROWS, 0 * ONES), one=(ROWS, 1), objects=(ROWS, ONES.astype(object))).items()}}
+    **{f'npz {name}': {'x.npz': saved(np.savez, data=rows, labels=labels), 'map_clsloc.txt': MAP}
+       for name, (rows, labels) in dict(
+           floats=(ROWS / 255, ONES), short=(ROWS, ONES[:3]), long=(ROWS, [1] * 12), oblong=(ROWS[:, :100], ONES),
+           half=(ROWS, ONES / 2), zero=(ROWS, 0 * ONES), one=(ROWS, 1), objects=(ROWS, ONES.astype(object))).items()}}
 
 
 @pytest.mark.parametrize('fault', FAULTY)
@@ -114,7 +195,7 @@ def test_faulty_source_is_refused_in_one_line(tmp_path, fault):
 
 @pytest.mark.parametrize('fault', [OSError(28, 'No space left on device'), KeyboardInterrupt()])
 def test_full_disk_and_interruption_leave_nothing(tmp_path, monkeypatch, fault):
-    monkeypatch.setattr(data, 'decode', mock.Mock(side_effect=[(pictures(1)[0], 'RGB'), fault]))
+    monkeypatch.setattr(data, 'decode', mock.Mock(side_effect=[pictures(1)[0], fault]))
     (tmp_path / 'source').write_bytes(edm_zip(None))
     with pytest.raises((ValueError, KeyboardInterrupt)):
         data.prepare(tmp_path / 'source', tmp_path / 'dest')
@@ -181,7 +262,7 @@ MOVED = b'HTTP/1.1 302 Moved\r\nLocation: /moved\r\n\r\n'
 
 @pytest.mark.parametrize('answer, message, kept', [
     (WHOLE + CONTENT[:HALF], '1500000 of 3000000 bytes', HALF), (WHOLE + CONTENT[:HALF], 'timed out', HALF),
-    (CHUNKED + CONTENT[:HALF], 'Incomplete', HALF), (b'HTTP/1.1 404 Absent\r\n\r\n', 'Error 404', HALF),
+    (CHUNKED + CONTENT[:HALF], 'Incomplete', HALF), (b'HTTP/1.1 404 Absent\r\n\r\n', '404: Absent; check', HALF),
     (MOVED, 'redirect', HALF), (b'220 ESMTP\r\n', 'cannot fetch', HALF), (WHOLE + bytes(3_000_000), 'other bytes', 0),
     (REST.replace(b'1500000-', b'1499993-'), 'go on', 0), (b'HTTP/1.1 416 Beyond\r\n\r\n', 'go on', 0)],
     ids=lambda x: x if isinstance(x, str) else '')
@@ -200,8 +281,32 @@ def test_download_goes_on_where_it_stopped(tmp_path, server, answers):
     (tmp_path / 'f.partial').write_bytes(CONTENT[:HALF])
     server.answers = answers
     data.download(server.url, tmp_path / 'f', md5=hashlib.md5(CONTENT).hexdigest()[:8])
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [CONTENT]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {'f': CONTENT, 'f.lock': b''}
     assert all(b'Range: bytes=1500000-\r\n' in request for request in server.asked)
+
+
+def test_of_two_that_fetch_the_same_one_waits(tmp_path, server):
+    server.answers, paths = [WHOLE + CONTENT], []
+    threads = [threading.Thread(target=lambda: paths.append(data.download(server.url, tmp_path / 'f'))) for _ in '12']
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert paths == [tmp_path / 'f'] * 2 and paths[0].read_bytes() == CONTENT and len(server.asked) == 1
+
+
+def test_where_downloads_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', '/x')
+    monkeypatch.delenv('ONE_STEP_CACHE', raising=False)
+    path = data.cache_path('https://a.b/c/net.pkl?signature=' + 'x' * 300 + '/y')
+    assert str(path.parent) == '/x/.cache/one-step-diffusion' and path.name[8:] == '-net.pkl'
+    monkeypatch.delenv('HOME')
+    assert data.cache_path('https://a.b/net').parent.is_absolute()
+    (tmp_path / 'file').write_bytes(b'')
+    with pytest.raises(OSError, match='^cannot keep .*: set ONE_STEP_CACHE to a folder that can be written$'):
+        data.download('https://a.b/net', tmp_path / 'file' / 'net')
+    with pytest.raises(OSError, match='^cannot fetch s3://a/b: .*unknown url type.*; check the address$'):
+        data.download('s3://a/b', tmp_path / 'net')
 
 
 def test_cifar10_is_fetched_and_imagenet_says_how_to_prepare_it(tmp_path, server, monkeypatch):

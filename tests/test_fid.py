@@ -112,6 +112,31 @@ def test_references(tmp_path, capsys, monkeypatch):
     assert np.array_equal(fid.Ruler(datasets[0], 'pixels', CPU, cache=path).sigma, sigma)  # nothing is measured
 
 
+class Fake(torch.nn.Module):
+    """Stands in for Inception: its features are pixels."""
+    fc = torch.nn.Linear(1, 1008).requires_grad_(False)
+
+    def forward(self, images):
+        return torch.nn.functional.pad(images.flatten(1) / 255, (0, 2048 - images[0].numel())), torch.zeros(1, 1008)
+
+
+def test_a_foreign_one_step_network_against_a_fetched_reference_without_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fid, 'inception_v3', lambda _: Fake())
+    monkeypatch.setenv('ONE_STEP_CACHE', str(tmp_path / 'cache'))
+    net = edm_nets.make_network(edm_nets.parse_train_args(['--channels', '8']), 16, 4)
+    edm_nets.save(tmp_path / 'net.pt', net, 'elsewhere', 0)
+    fid.save_statistics(tmp_path / 'ref.npz', np.zeros(2048), np.zeros([2048, 2048]))
+    line = f'score --net {tmp_path}/net.pt --dataset elsewhere --num 10 --sigma-init 2.5 --precision bf16'
+    fid.main([*line.split(), '--ref', (tmp_path / 'ref.npz').as_uri()])
+    *_, scores = capsys.readouterr().out.splitlines()
+    net.sigma_init = 2.5
+    pixels = edm_nets.generate(net, range(10)).flatten(1) / 255
+    expected = pixels.mean(0).square().sum() + pixels.var(0).sum()  # of a distribution to the point 0
+    assert float(scores.split()[1]) == pytest.approx(float(expected), rel=1e-2) and 'precision' not in scores
+    with pytest.raises(ValueError, match='give the prepared data'):
+        fid.Ruler(None, 'inception', CPU)
+
+
 def write_run(out, kimg, scores):
     """A run folder of a run of so many kimg, with a status line per score, at 0, 1, 2, ... kimg."""
     out.mkdir()

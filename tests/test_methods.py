@@ -186,8 +186,10 @@ def test_gan_losses_at_the_optimal_discriminator():
     loss = distributional.discriminator_loss([real, real], [fake, fake])
     assert float(loss) == pytest.approx(4 * np.log(2) - 4 * float((q * TEXTBOOK['js'](p / q)).sum()))
     logits = torch.tensor([[-3.0, 0.0, 3.0]], requires_grad=True)
-    distributional.generator_loss([logits]).backward()
-    assert off(logits.grad, -torch.sigmoid(-logits) / 3) < 1e-5
+    for form, expected in dict(ns=-torch.sigmoid(-logits) / 3, linear=-torch.ones(1, 3) / 3).items():
+        logits.grad = None
+        distributional.generator_loss([logits], form).backward()
+        assert off(logits.grad, expected) < 1e-5
 
 
 def test_r1_is_the_mean_square_gradient_of_the_sum_of_all_logits():

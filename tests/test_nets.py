@@ -1,12 +1,14 @@
 """Networks, samplers and critics against the official code and closed forms; files, official, hostile and damaged."""
 
 import collections
+import gzip
 import hashlib
 import io
 import itertools
 import json
 import os
 import pickle
+import re
 import sys
 import types
 from pathlib import Path
@@ -199,9 +201,13 @@ def official_pickle(protocol=4, other=None, **kwargs):
     return pickle.dumps(dict(ema=ema, loss_fn=persistent('EDMLoss', P_mean=-1.2), augment_pipe=other), protocol)
 
 
-def own_file(net=NET.state_dict(), sigma_init=2.5, **kwargs):
-    torch.save(dict(net=net, sigma_init=sigma_init, net_kwargs=dict(NET.kwargs, **kwargs)), out := io.BytesIO())
+def saved(content):
+    torch.save(content, out := io.BytesIO())
     return out.getvalue()
+
+
+def own_file(net=NET.state_dict(), sigma_init=2.5, **kwargs):
+    return saved(dict(net=net, sigma_init=sigma_init, net_kwargs=dict(NET.kwargs, **kwargs)))
 
 
 @pytest.mark.parametrize('protocol', [3, 4, 5])
@@ -250,6 +256,20 @@ def test_hostile_files_are_refused_in_one_line_and_run_nothing(tmp_path):
     assert canary.exists()
 
 
+@pytest.mark.parametrize('content, message', [
+    (b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a', 'git lfs pull'),
+    (b'\n<!DOCTYPE html><html>', 'a web page'), (gzip.compress(b'x' * 99), 'gunzip'),
+    (saved(NET.state_dict()), 'a bare state dict'), (saved(dict(nimg=0, config={}, net={})), 'teacher-*.pt'),
+    (saved(dict(net=Call(print), optimizer_state={})), 'network-snapshot-*.pkl'),
+    (own_file(model_channels=16), 'size mismatch for model.'), (own_file(label_dim=5), 'mismatch for model.map_label'),
+    (own_file(dict(list(NET.state_dict().items())[2:])), 'Missing key(s) in state_dict: "model.')])
+def test_what_is_no_network_is_called_by_its_name(tmp_path, content, message):
+    (tmp_path / 'net').write_bytes(content)
+    with pytest.raises(ValueError, match=f'^cannot load {tmp_path}/net: [^\n]*{re.escape(message)}[^\n]*$') as error:
+        edm_nets.load(tmp_path / 'net')
+    assert len(str(error.value)) < 400  # one key, not all
+
+
 def test_teacher_is_opened_in_float32_without_augmentation_and_must_fit_the_data(tmp_path):
     path, Data, half = tmp_path / 'net', collections.namedtuple('Data', 'resolution label_dim'), small(**VE).half()
     path.write_bytes(own_file(half.state_dict()))
@@ -260,6 +280,10 @@ def test_teacher_is_opened_in_float32_without_augmentation_and_must_fit_the_data
         teacher.model.map_layer0.bias[0] += shift
         edm_nets.save(path, teacher, 'shapes', 0)
         assert (edm_nets.open_teacher(path).fingerprint != teacher.fingerprint) == shift
+    grey = tmp_path / 'grey'
+    edm_nets.save(grey, small(img_channels=1), 'shapes', 0)
+    with pytest.raises(ValueError, match='of 16 px, 1 channels and 4 classes, the data has 16 px, 3 channels and 4'):
+        edm_nets.open_teacher(grey, Data(16, 4))
     for dataset in (Data(32, 4), Data(16, 5), Data(16, 0)):
-        with pytest.raises(ValueError, match=f'^{path} is a network of 16 px and 4 classes, the data has .*$'):
+        with pytest.raises(ValueError, match=f'^{path} is a network of 16 px, 3 channels and 4 classes, the data has '):
             edm_nets.open_teacher(path, dataset)

@@ -2,9 +2,11 @@
 
 import argparse
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 import data
 import edm_nets
@@ -35,6 +37,28 @@ def test_settings_leave_out_what_may_change(tmp_path, decay, kept):
     args = argparse.Namespace(**dict(dict.fromkeys(data.MAY_CHANGE, 1), out=tmp_path), lr=0.1, kimg=5, decay=decay, k=1)
     config, state = data.load_checkpoint(args, {}, {'k'}, images='0123abcd')
     assert set(config) == {'images', *kept} and state == {}
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path):
+    args = argparse.Namespace(out=str(tmp_path), kimg=1)
+    data.start_log(args, {}, 'the plan')
+    with pytest.raises(BlockingIOError, match=f'^{tmp_path}/stats.jsonl is in use by another run .*torchrun.$'):
+        data.lock(tmp_path / 'stats.jsonl')
+    data.start_log(args, {}, 'the plan')  # the next run of the same process
+    data.LOCKED.clear()  # as at the end of the process
+    data.lock(tmp_path / 'stats.jsonl').close()
+
+
+def test_a_launcher_that_is_not_torchrun_is_told_so(monkeypatch):
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.delenv('LOCAL_RANK')
+    with pytest.raises(ValueError, match='start several processes with torchrun'):
+        edm_nets.setup()
+
+
+def test_grey_images_are_drawn(tmp_path):
+    data.save_panels({'': torch.arange(16, dtype=torch.uint8).reshape(1, 1, 4, 4)}, tmp_path / 'x.png', 1, 1)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / 'x.png')), np.arange(16).reshape(4, 4, 1).repeat(3, 2))
 
 
 def test_means_average():

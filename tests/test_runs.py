@@ -360,7 +360,7 @@ BAD_INPUT = {
     'no network at x.pt': ['disback --teacher x.pt', 'edm_nets.py sample --net x.pt',
                            'teacher_free --init single-level --single-level x.pt'],
     'cannot load': ['disback --teacher {bad}/images.npy'], 'cannot use': ['edm_nets --dataset ffhq64 --data {bad}'],
-    '16 px and 4 classes, the data has 16 px and 3 classes': [
+    'and 4 classes, the data has 16 px, 3 channels and 3 classes': [
         script + ' --dataset cifar10 --data {data}' for script in ('disback --gan-weight 1', *METHODS[1:])],
     'needs --eval-images': ['teacher_free --best-of 2', 'distributional --teacher-student-fd 2'],
     'not found: it is at https://': ['distributional --backbones vgg --features-dir .'],

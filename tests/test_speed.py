@@ -1,6 +1,7 @@
 """What is done for speed changes no result, and no training step waits for the device; tests/gpu.py runs."""
 
 import collections
+import copy
 import functools
 import importlib
 import json
@@ -12,8 +13,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import gpu
 import edm_nets
+import fid
+import gpu
 from conftest import ROOT, run
 
 SHORT = '--snapshot-kimg 9 '  # with the flags that take the first stage away, and have R1 in every step
@@ -63,6 +65,37 @@ def test_compiled_training_is_the_same(script, more, command, tmp_path, monkeypa
     for a, b in zip(status_lines(eager), status_lines(compiled), strict=True):
         names = [name for name in a if name.endswith('loss') and abs(a[name]) > 0.1]  # others are sums that cancel
         assert [b[name] for name in names] == pytest.approx([a[name] for name in names], rel=1e-2)
+
+
+@pytest.mark.parametrize('more, seen', [
+    ('', {torch.bfloat16, torch.float16}), ('--score-precision fp32', {torch.bfloat16, None})])
+def test_the_two_scores_run_in_fp16_or_fp32_beside_bf16(more, seen, command, tmp_path, monkeypatch):
+    dtypes, forward = set(), edm_nets.EDMPrecond.forward
+
+    def spy(*args, **kwargs):
+        dtypes.add(torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else None)
+        return forward(*args, **kwargs)
+    monkeypatch.setattr(edm_nets.EDMPrecond, 'forward', spy)
+    monkeypatch.setattr(edm_nets, 'generate', gpu.no_images)
+    monkeypatch.setattr(fid, 'summarize', lambda *_: None)
+    succeed(*command('disback', tmp_path, f'{SHORT} --nodes 0 --kimg 0.032 --precision bf16 {more}'))
+    assert dtypes == seen
+
+
+def test_fp16_keeps_the_difference_of_two_close_networks_that_bf16_drowns():
+    """And nearest upsampling, which autocast would do in float32, stays in the dtype that it is given."""
+    net = edm_nets.make_network(edm_nets.parse_train_args([]), 16, 4).requires_grad_(False)
+    close, x, sigma = copy.deepcopy(net), torch.randn(8, 3, 16, 16), torch.full([8, 1, 1, 1], 0.5)
+    for p, q in zip(net.parameters(), close.parameters()):
+        p.copy_(torch.randn_like(p) / p[0].numel() ** 0.5 if p.ndim > 1 else p)
+        q.copy_(p * (1 + 1e-3 * torch.randn_like(p)))
+    difference, errors = net(x, sigma) - close(x, sigma), {}
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast('cpu', dtype):
+            errors[dtype] = ((net(x, sigma) - close(x, sigma)) - difference).norm() / difference.norm()
+            up = edm_nets.resample(x.to(dtype), edm_nets.make_filter([1, 1]), up=True)
+        assert up.dtype == dtype and up.shape == (8, 3, 32, 32)
+    assert errors[torch.float16] < errors[torch.bfloat16] / 4 and 1 < errors[torch.bfloat16] < 10
 
 
 class Waits(TorchDispatchMode):
