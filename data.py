@@ -37,7 +37,7 @@ CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 CIFAR10_MD5 = 'c32a1d4ab5d03f1284b67883e8d87530'
 HOW_TO_PREPARE = {  # datasets that cannot be fetched
     'ffhq64': 'python data.py prepare FFHQ_IMAGES datasets/ffhq64 --resolution 64 --no-labels',
-    'afhqv2': 'python data.py prepare AFHQV2_TRAIN datasets/afhqv2 --resolution 64 --no-labels',
+    'afhqv2': 'python data.py prepare AFHQV2 datasets/afhqv2 --resolution 64 --no-labels',
     'imagenet64': 'python data.py prepare ILSVRC/Data/CLS-LOC/train datasets/imagenet64 --resolution 64'}
 MAX_CLASSES = 1 << 20  # a larger label is no class number
 IMAGE_TYPES = {ending: kind for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN
@@ -287,7 +287,8 @@ def batch_order(seed, nimg, count, size):
     """Images `nimg` ... `nimg + count - 1` of a run: (indices int64 [count], whether to mirror them bool [count]).
 
     Image number `nimg` is place k of `epoch_order(seed, epoch, size)`, where `epoch, k = divmod(nimg, size)`. So a run
-    resumes exactly, and its images do not depend on the number of processes.
+    resumes exactly, and its images do not depend on the number of processes. Deviation: EDM's sampler swaps images
+    within a window instead of drawing a permutation for each epoch.
     """
     epochs, places = np.divmod(np.arange(nimg, nimg + count), size)
     parts = [(epoch_order(seed, int(e), size), places[epochs == e]) for e in np.unique(epochs)]

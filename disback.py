@@ -1,8 +1,7 @@
 """DisBack: a one-step generator distilled along the path on which its teacher was degraded.
 
 "Distribution Backtracking Builds A Faster Convergence Trajectory for Diffusion Distillation", S. Zhang et al., ICLR
-2025, arXiv:2408.15991 v3. No real image is needed. Run here on shapes and on a small CIFAR-10 (README); the paper's
-ImageNet-64, FID 1.38, was not.
+2025, arXiv:2408.15991 v3. No real image is needed. Run here on shapes; the paper's ImageNet-64, FID 1.38, was not.
 
 Score distillation moves a student G by the difference between the score of what G makes (the fake score, learned on the
 fly) and the score of the teacher. Far from the data, where G begins, the teacher's score is unreliable. DisBack
@@ -57,7 +56,8 @@ PRESETS = {  # student_sigma, fake_sigma: mean and standard deviation of ln sigm
                        ema_kimg=2000, kimg=200_000, snapshot_kimg=4000, status_kimg=50),
 }
 sigma_data = 0.5
-# Deviation: the released scripts enable a GAN term. Here it is off, because Alg. 2 has none.
+# Deviation: the released scripts enable a GAN term. Here it is off, because Alg. 2 has none. DMD2, where it is from,
+# draws noise levels for it alone, uniform on a grid; here it has those of the distillation.
 DISCRIMINATOR_WEIGHT = 1e-2  # weight of the discriminator's loss, as in DMD2 for ImageNet-64
 
 
@@ -74,7 +74,8 @@ def parse_args(argv=None):
     p.add_argument('--nodes', type=int, default=4, help='nodes after the teacher; 0: no path (%(default)s)')
     p.add_argument('--degrade-kimg', type=positive(float), help='thousands of images of stage 1 (%(default)s)')
     p.add_argument('--node-kimg', type=positive(float), help='thousands of student images per node (%(default)s)')
-    p.add_argument('--gan-weight', type=float, default=0, help="weight of a GAN term; DMD2's is 3e-3 (%(default)s)")
+    p.add_argument('--gan-weight', type=float, default=0,
+                   help="weight of a GAN term; DMD2's is 3e-3, with --loss dmd (%(default)s)")
     args = p.parse_args(argv)
     if args.nodes < 0 or args.gan_weight < 0:
         p.error('--nodes and --gan-weight must not be negative')
@@ -111,7 +112,7 @@ def student_loss(x_0, D_fake, D_target, form):
 
     s_fake - s_target = (D_fake - D_target) / sigma^2. The authors show no weight w. Form 'di' is Diff-Instruct's, with
     w = sigma^2; form 'dmd' is DMD's, with w = sigma^2 / mean |x_0 - D_target|. The value itself has no meaning.
-    Deviation: the released code masks NaN in the gradient (nan_to_num); here a loss that is not finite stops the run.
+    Deviation: the released code, like EDM and Diff-Instruct, masks NaN in gradients; here such a loss stops the run.
     """
     gradient = D_fake - D_target
     if form == 'dmd':
@@ -221,7 +222,8 @@ def train(args):
         discriminator = parts['discriminator'] = make_discriminator(h.shape[1]).to(device)
         ddp_discriminator = wrap(discriminator)
         fake_parameters += discriminator.parameters()
-    adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), fused=True)  # Diff-Instruct and SiD
+    # Betas are Diff-Instruct's. Deviation: SiD has 0.9 on FFHQ, and an eps of 1e-6 beside losses 100 times as large.
+    adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), fused=True)
     student_optimizer = parts['student_optimizer'] = adam(student.parameters(), args.lr)
     fake_optimizer = parts['fake_optimizer'] = adam(fake_parameters, args.fake_lr)
 

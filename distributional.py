@@ -4,7 +4,7 @@
 from its ICML 2025 version on "Revisiting Diffusion Models: From Generative Pre-training to One-Step Generation"
 (arXiv:2506.09376: D2O, D2O-F), B. Zheng and T. Yang. Instance losses ask a one-step student to copy, image by image, a
 teacher that takes many steps; it cannot. Here the student is only asked to look like the data, and no teacher is
-called. Run here on shapes and on a small CIFAR-10 (README). Per step, with one batch of real images x:
+called. Run here on shapes. Per step, with one batch of real images x:
   1. Student: L_G = E[ softplus(-l(G(z))) ], the non-saturating GAN loss, l the logits of the discriminator.
   2. Discriminator: L_D = E[ softplus(-l(x)) + softplus(l(G(z'))) ], z' fresh.
   3. Every 16th step, alone: 16 gamma / 2 E[ |grad_x sum l(x)|^2 ] (R1).
@@ -50,8 +50,8 @@ import fid
 # more than a few steps. --freeze is on where the paper's best figure has it. --d-lr is the rate before StyleGAN2's
 # correction for lazy R1. batch_gpu fits 80 GB. The authors stopped at the snapshot with the lowest FID, after 5 to 9
 # million images.
-# Deviation: they sum the loss over the images of a GPU and average R1. We average both. The scale of the loss does not
-# matter to Adam, so their gamma of 1e-4 on four GPUs is our 1e-4 / (batch / 4) = 4e-4 / batch.
+# Deviation: they sum the loss over the images of a GPU and average R1. We average both. Adam sees the scale of the loss
+# by its eps of 1e-8 alone, so their gamma of 1e-4 on four GPUs is our 1e-4 / (batch / 4) = 4e-4 / batch.
 #
 # With U-Nets as backbones gamma is 1. They were tried on `shapes` alone, whose row is our choice. Its sigma_init is 2.5
 # because the small teacher was hardly trained at 80.
@@ -213,7 +213,11 @@ class GlobalBatchNorm(nn.Module):
 
 
 def projected_head(c, size, out):
-    """Halve the nominal `size` down to 8 px, then one 4x4 convolution: [N, c, r, r] -> [N, out, r', r']."""
+    """Halve the nominal `size` down to 8 px, then one 4x4 convolution: [N, c, r, r] -> [N, out, r', r'].
+
+    Deviation: torch's spectral norms start from 15 power iterations, the published ones from one: for some five steps
+    those are too small.
+    """
     layers = []
     while size > 8:
         size, width = size // 2, {8: 512, 16: 256, 32: 128, 64: 64}[size // 2]

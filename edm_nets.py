@@ -688,7 +688,8 @@ def common_flags(script, description, presets, argv):
     p.set_defaults(**presets[dataset])
     p.add_argument('-h', '--help', action='help')
     p.add_argument('--data', help='prepared folder (datasets/DATASET)')
-    p.add_argument('--out', default=f'runs/{script}-{dataset}', help=f'folder of the run (runs/{script}-DATASET)')
+    p.add_argument('--out', default=f'runs/{script}-{dataset}',
+                   help=f'folder of the run, shared by all nodes (runs/{script}-DATASET)')
     p.add_argument('--kimg', type=positive(float), help='thousands of images to train on (%(default)s)')
     p.add_argument('--batch', type=positive(int), help='images per step, over all GPUs (%(default)s)')
     p.add_argument('--batch-gpu', type=positive(int), help='most images on a GPU at a time (its share of --batch)')
@@ -906,7 +907,8 @@ def open_teacher(path, dataset=None):
     Raises ValueError where the network does not fit the dataset (None: not compared).
     """
     net = data.rank0_first(load, path)
-    net.model.map_augment, net.kwargs['augment_dim'] = None, 0  # as in DMD2: the methods do not augment
+    # As in DMD2, the methods do not augment. Deviation: Diff-Instruct and SiD do, but not on ImageNet.
+    net.model.map_augment, net.kwargs['augment_dim'] = None, 0
     net.fingerprint = data.fingerprint(net.state_dict().values())
     if dataset is not None and (
             (dataset.resolution, 3) != (net.img_resolution, net.img_channels)

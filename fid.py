@@ -174,7 +174,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def inception_score(logits, splits=10):
-    """exp E KL(p(y|x) || p(y)) (Salimans et al., arXiv:1606.03498), mean of ten parts: logits [N, 1008] -> float."""
+    """exp E KL(p(y|x) || p(y)) (Salimans et al., arXiv:1606.03498), mean of ten parts: logits [N, 1008] -> float.
+
+    Deviation: torch-fidelity shuffles the images before it parts them.
+    """
     scores = []
     for part in logits.double().tensor_split(splits):
         log_p = part.log_softmax(1)
@@ -186,7 +189,8 @@ def inception_score(logits, splits=10):
 def precision_recall(real, fake, k=3):
     """Improved precision and recall (Kynkäänniemi et al., arXiv:1904.06991, Eq. 1-2) -> two floats in [0, 1].
 
-    real, fake: features float [N, d], [M, d]. Deviation: they are those of the ruler, not VGG-16's.
+    real, fake: features float [N, d], [M, d]. Deviation: they are those of the ruler, not VGG-16's, and of at most
+    PR_IMAGES images.
     """
     def covered(a, b):  # the share of a that is as close to some point of b as its k-th neighbour in b
         radii = torch.cdist(b, b).kthvalue(k + 1, dim=1).values
