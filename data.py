@@ -95,6 +95,8 @@ MAY_CHANGE = {'out', 'data', 'teacher', 'batch_gpu', 'compile', 'snapshot_kimg',
 def clear_errors(script):
     """Errors that the user can mend print one line; all others keep their traceback. The exit status is 1."""
     try:
+        if 'RANK' in os.environ and 'LOCAL_RANK' not in os.environ:
+            raise ValueError('RANK is set and LOCAL_RANK is not: start several processes with torchrun')
         yield
     except Exception as error:  # told in one line, or with its traceback; never hidden
         mendable = isinstance(error, (OSError, ValueError, FloatingPointError, MemoryError, dist.DistNetworkError))

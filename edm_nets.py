@@ -513,12 +513,11 @@ def explain(path, error):
     """Why `path` could not be loaded, in one line: what the file is instead, or what the error says."""
     with open(path, 'rb') as f:
         start, reason = f.read(100).lstrip().lower(), str(error).strip() or type(error).__name__
-    if start.startswith(b'version https://git-lfs'):
-        return 'it is a pointer of git-lfs: fetch the file itself with `git lfs pull`'
-    if start.startswith(b'<'):
-        return 'it is a web page: is the address right?'
-    if start.startswith(b'\x1f\x8b'):
-        return 'it is compressed: unpack it with `gunzip`'
+    for beginning, what in {
+            b'version https://git-lfs': 'it is a pointer of git-lfs: fetch the file itself with `git lfs pull`',
+            b'<': 'it is a web page: is the address right?', b'\x1f\x8b': 'it is compressed: gunzip it'}.items():
+        if start.startswith(beginning):
+            return what
     if reason.startswith('Weights only load failed'):
         return 'it holds other objects than tensors; of a training with EDM, network-snapshot-*.pkl is the network'
     if reason.startswith('Error(s) in loading'):  # one line for each kind of fault, which lists all keys
@@ -717,8 +716,6 @@ def common_flags(script, description, presets, argv):
 
 def setup():
     """Join torchrun's process group, or be a world of one. Returns (rank, world_size, device)."""
-    if 'RANK' in os.environ and 'LOCAL_RANK' not in os.environ:
-        raise ValueError('RANK is set and LOCAL_RANK is not: start several processes with torchrun')
     if 'RANK' not in os.environ:
         os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='localhost', MASTER_PORT='0')
     device = torch.device('cpu')

@@ -213,8 +213,6 @@ def best_of(student, ratio_net, seeds, K, verifier, batch=256):
 
 def setup():
     """Join torchrun's process group, or be a world of one. Returns (rank, world_size, device)."""
-    if 'RANK' in os.environ and 'LOCAL_RANK' not in os.environ:
-        raise ValueError('RANK is set and LOCAL_RANK is not: start several processes with torchrun')
     if 'RANK' not in os.environ:
         os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='localhost', MASTER_PORT='0')
     device = torch.device('cpu')

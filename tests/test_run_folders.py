@@ -49,11 +49,12 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path)
     data.lock(tmp_path / 'stats.jsonl').close()
 
 
-def test_a_launcher_that_is_not_torchrun_is_told_so(monkeypatch):
+def test_a_launcher_that_is_not_torchrun_is_told_so(monkeypatch, capsys):
     monkeypatch.setenv('RANK', '0')
     monkeypatch.delenv('LOCAL_RANK')
-    with pytest.raises(ValueError, match='start several processes with torchrun'):
+    with pytest.raises(SystemExit), data.clear_errors('x.py'):
         edm_nets.setup()
+    assert capsys.readouterr().err == 'x.py: RANK is set and LOCAL_RANK is not: start several processes with torchrun\n'
 
 
 def test_grey_images_are_drawn(tmp_path):
