@@ -11,7 +11,6 @@ The dataset `shapes` needs no folder: its images are drawn when they are asked f
 import argparse
 import collections
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -32,6 +31,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 CIFAR10_MD5 = 'c32a1d4ab5d03f1284b67883e8d87530'
@@ -145,11 +149,12 @@ def whole_file(path):
 def lock(path, wait=False):
     """Open the file `path`, locked until it is closed or its process ends. Raises BlockingIOError if another has it.
 
-    Without locks, on some file systems of clusters, it is only opened.
+    On Windows, and on file systems without locks, it is only opened.
     """
     f = open(path, 'ab')
     try:
-        fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise BlockingIOError(f'{path} is in use by another run (several processes start with torchrun)') from None
     except OSError as error:
@@ -488,8 +493,8 @@ def read_tree(names, open_file, use_labels, classes, notes):
         classes += sorted(folders, key=lambda c: (int(c), c) if all(map(str.isdecimal, folders)) else c)
         numbers = {c: i for i, c in enumerate(classes)}
         labels = {n[len(top):]: numbers.get(n[len(top):].split('/')[0], 'missing') for n in images}
-    notes['hidden files'] = len([n for n in hidden if not n.endswith('/')])
-    notes['files that are no images'] = len(files) - len(images) - len(lists)
+    notes['hidden files passed over'] = len([n for n in hidden if not n.endswith('/')])
+    notes['files passed over that are no images'] = len(files) - len(images) - len(lists)
     for n in images:
         yield n, open_file(n), labels.get(n[len(top):], 'missing') if labels else None
 
@@ -509,7 +514,7 @@ def read_images(source, use_labels, classes, notes):
             numbers = {int(number): i for i, (_, number, _) in enumerate(lines)}
         for f in sorted(source.glob('*.npz'), key=lambda f: (len(f.name), f.name)):
             if f.name.startswith('val'):  # not for training
-                notes['validation files'] += 1
+                notes['validation files passed over'] += 1
                 continue
             batch = np.load(f)
             labels = [numbers.get(n, f'{n} is not in map_clsloc.txt') for n in batch['labels'].tolist()] \
@@ -570,6 +575,7 @@ def prepare(source, dest, resolution=None, use_labels=True):
     if str(source) == 'cifar10':
         source = download(CIFAR10_URL, dest.parent / CIFAR10_URL.rsplit('/', 1)[-1], md5=CIFAR10_MD5)
     temporary = dest.with_name(f'.{dest.name}.{os.getpid()}.partial')
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     labels, classes, n, side, notes = [], [], 0, None, collections.Counter()
     try:

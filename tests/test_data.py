@@ -95,9 +95,9 @@ INDEX, GREY = json.dumps(dict(labels=[['a/0.png', 1], ['b/1.png', 0]])).encode()
 LAYOUTS = {  # what is on the disk, the labels, what is said
     'dataset.json in a folder': ({'a/0.png': GREY, 'b/1.png': GREY, 'dataset.json': INDEX}, [1, 0], '0 (1), 1 (1)'),
     'all in one folder': ({'x/a/0.png': GREY, 'x/b/1.png': GREY, 'x/dataset.json': INDEX}, [1, 0], '0 (1), 1 (1)'),
-    'zip': ({'x/a/0.png': GREY, 'x/b/1.png': GREY, 'x/dataset.json': INDEX, '__MACOSX/._x': b''}, [1, 0], 'files: 1'),
+    'zip': ({'x/a/0.png': GREY, 'x/b/1.png': GREY, 'x/dataset.json': INDEX, '__MACOSX/._x': b''}, [1, 0], 'hidden files passed over: 1'),
     'hidden': ({'cat/1.png': GREY, 'cat/._1.png': b'', '.trash/2.png': GREY, '@eaDir/3.png': b'', 'dog/4.png': GREY,
-                'Thumbs.db': b''}, [0, 1], 'hidden files: 3; files that are no images: 1'),
+                'Thumbs.db': b''}, [0, 1], 'hidden files passed over: 3; files passed over that are no images: 1'),
     'empty class': ({'n00/1.png': GREY, 'n01': None, 'n02/2.png': GREY, 'n03': None}, [0, 2], 'class 1 = n01, 3 = n03'),
     'numbers': ({f'{i}/1.png': GREY for i in range(11)}, [0, 1, 10, *range(2, 10)], ' 9 = 9 (1), 10 = 10 (1)'),
     'parts': ({f'{part}/{name}/1.png': GREY for part in ('train', 'val') for name in 'ab'}, [0, 0, 1, 1],
