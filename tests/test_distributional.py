@@ -2,13 +2,11 @@
 
 import hashlib
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
@@ -16,15 +14,7 @@ from torch.utils._pytree import tree_leaves
 import data
 import distributional
 import edm_nets
-from conftest import run
 from test_nets import off, small
-
-
-@pytest.fixture
-def world():
-    distributional.setup()
-    yield
-    dist.destroy_process_group()
 
 
 class Tiny(nn.Sequential):
@@ -111,25 +101,6 @@ def test_projection_and_heads_have_the_published_sizes_and_r1_reaches_all_heads(
     assert off(heads(view, labels), heads(view, labels.flip(0))) > 1e-2
 
 
-def batch_norm(path, norm=None):
-    """Write what a batch norm makes of this rank's share of eight images, with first and second derivatives."""
-    rank, world_size, _ = distributional.setup()
-    norm, x = norm or distributional.GlobalBatchNorm(3), torch.arange(600.).cos().reshape(8, 3, 5, 5)
-    x = x.chunk(world_size)[rank].requires_grad_()
-    gradient, = torch.autograd.grad((norm(x) ** 3).sum(), x, create_graph=True)
-    torch.save((norm(x), gradient, *torch.autograd.grad(gradient.square().sum(), x)), f'{path}-{rank}')
-
-
-def test_batch_norm_is_torchs_over_all_ranks_to_second_derivatives(tmp_path, world):
-    batch_norm(tmp_path / 'torch', nn.BatchNorm2d(3))
-    batch_norm(tmp_path / 'one')
-    done = run(__file__, tmp_path / 'two', processes=2)
-    assert done.returncode == 0, done.stderr
-    exact, one, *two = (torch.load(tmp_path / name) for name in ('torch-0', 'one-0', 'two-0', 'two-1'))
-    for ours in (one, [torch.cat(parts) for parts in zip(*two)]):
-        assert all(off(a, b) < 1e-4 for a, b in zip(ours, exact, strict=True))
-
-
 def test_discriminator_runs_in_float32_beside_a_student_in_bf16(tmp_path, monkeypatch, world):
     weight_file(tmp_path, monkeypatch, 'vgg', Tiny, Tiny().state_dict())
     edm_nets.save(tmp_path / 'teacher.pt', small(), 'shapes', 0)
@@ -145,8 +116,3 @@ def test_discriminator_runs_in_float32_beside_a_student_in_bf16(tmp_path, monkey
             f'--features-dir {tmp_path} --teacher {tmp_path}/teacher.pt --out {tmp_path}/run'.split()))
     parts = ['Projection', 'Tiny', 'ProjectedHeads', 'GlobalBatchNorm', 'UNetCritic', 'function']
     assert ('EDMPrecond', True) in seen and {x for x in seen if x[0] in parts} == {(name, False) for name in parts}
-
-
-if __name__ == '__main__':
-    batch_norm(sys.argv[1])
-    dist.destroy_process_group()

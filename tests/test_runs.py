@@ -12,20 +12,24 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import data
 import distributional
 import edm_nets
 import teacher_free
-from conftest import ROOT, SCRIPTS, run
+from conftest import ROOT, SCRIPTS, quick_heun, run
 from test_distributional import Tiny
+from test_nets import off
 from test_speed import distance, fail, load, status_lines, student, succeed
 
 METHODS = ['disback', 'teacher_free', 'distributional']
@@ -82,30 +86,48 @@ def test_the_run_folder(script, files, losses, finished, command):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-IN_TURN = '''
-import importlib, json, os, sys, time
-import torch.distributed as dist
-import conftest, edm_nets
-edm_nets.heun, dist.destroy_process_group = conftest.quick_heun, lambda: None
-for script, *argv in json.loads(sys.argv[1]):
-    print('now', time.time(), flush=True)
-    importlib.import_module(script).main(argv + ['--batch', str(32 - int(os.environ['RANK']))] * ('fails' in str(argv)))
-'''
+def batch_norm(path, norm=None):
+    """Write what a batch norm makes of this rank's share of eight images, with first and second derivatives."""
+    rank, world_size, _ = distributional.setup()
+    norm, x = norm or distributional.GlobalBatchNorm(3), torch.arange(600.).cos().reshape(8, 3, 5, 5)
+    x = x.chunk(world_size)[rank].requires_grad_()
+    gradient, = torch.autograd.grad((norm(x) ** 3).sum(), x, create_graph=True)
+    torch.save((norm(x), gradient, *torch.autograd.grad(gradient.square().sum(), x)), f'{path}-{rank}')
+
+
+def in_turn(folder, commands):
+    """What each of two processes does: a batch norm, then whole runs, the last with an error on one of them."""
+    batch_norm(f'{folder}/norm')
+    with mock.patch('edm_nets.heun', quick_heun), mock.patch('torch.distributed.destroy_process_group'):
+        for script, *argv in json.loads(commands):
+            print('now', time.time(), flush=True)
+            odd = ['--batch', str(32 - dist.get_rank())] * ('fails' in str(argv))
+            importlib.import_module(script).main(argv + odd)
 
 
 @pytest.fixture(scope='module')
 def two(command, tmp_path_factory):
-    """What two processes have done, all in one start, the last with an error on one of them; in `two.folder`."""
+    """What two processes have done, all in one start, in `two.folder`."""
     folder = tmp_path_factory.mktemp('two')
     lines = [command(script, folder / script, '--batch-gpu 8 --snapshot-kimg 9') for script in SCRIPTS]
     lines += [command(script, folder / f'{script}0', '--eval-images 20', 0) for script in METHODS[1:]]
     score = f'score --net {folder}/teacher_free0/student-000000.pt --data {command.folder}/data0 --num 60'
     score = [ROOT / 'fid.py', *f'{score} --dataset cifar10 --features pixels --batch'.split()]
     lines += [[*score, '17'], command('disback', folder / 'fails')]
-    (folder / 'in_turn.py').write_text(IN_TURN)
-    two = run(folder / 'in_turn.py', json.dumps([[line[0].stem, *map(str, line[1:])] for line in lines]), processes=2)
+    python = [sys.executable, *'-m torch.distributed.run --standalone --nproc_per_node=2'.split(), __file__, folder]
+    two = subprocess.run([*python, json.dumps([[line[0].stem, *map(str, line[1:])] for line in lines])],
+                         capture_output=True, text=True, timeout=200)
     two.folder, two.score, two.seconds = folder, score, time.time() - float(two.stdout.rsplit('now', 1)[1].split()[0])
     return two
+
+
+def test_batch_norm_is_torchs_over_all_ranks_to_second_derivatives(two, tmp_path, world):
+    batch_norm(tmp_path / 'torch', torch.nn.BatchNorm2d(3))
+    batch_norm(tmp_path / 'one')
+    exact, one, *both = map(torch.load, (
+        tmp_path / 'torch-0', tmp_path / 'one-0', two.folder / 'norm-0', two.folder / 'norm-1'))
+    for ours in (one, [torch.cat(parts) for parts in zip(*both)]):
+        assert all(off(a, b) < 1e-4 for a, b in zip(ours, exact, strict=True))
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
@@ -380,3 +402,14 @@ def test_bad_input_ends_in_one_line(message, line, command, finished, tmp_path, 
 def test_the_small_helpers_are_the_same_text_everywhere():
     for name, scripts in dict(setup=SCRIPTS, is_due=SCRIPTS, update_ema=SCRIPTS, draw_noise=METHODS).items():
         assert len({inspect.getsource(getattr(importlib.import_module(script), name)) for script in scripts}) == 1, name
+
+
+def test_a_launcher_that_is_not_torchrun_is_told_so(monkeypatch):
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.delenv('LOCAL_RANK', raising=False)
+    with pytest.raises(ValueError, match='start several processes with torchrun'):
+        edm_nets.setup()
+
+
+if __name__ == '__main__':
+    in_turn(*sys.argv[1:])
