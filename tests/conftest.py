@@ -43,8 +43,7 @@ def run(script, *arguments):
         try:
             module.main(list(map(str, arguments)))
         except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-            errors.write(f'{stop.code}\n' if isinstance(stop.code, str) else '')
+            code = stop.code
     return SimpleNamespace(returncode=code, stdout=output.getvalue(), stderr=errors.getvalue())
 
 
