@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import data
 import distributional
@@ -390,6 +391,17 @@ def test_bad_input_ends_in_one_line(message, line, command, finished, tmp_path, 
     line = line.format(run=finished('disback'), bad=tmp_path, folder=command.folder)
     script, *more = line.split()
     fail(message, *([ROOT / script, *more] if '.py' in script else command(script, tmp_path / 'run', ' '.join(more))))
+
+
+@pytest.mark.parametrize('script', METHODS)
+def test_a_step_leaves_no_gradient_elsewhere(script, command, tmp_path):
+    """Whenever an optimizer steps, in all networks of the run only its own parameters have gradients."""
+    def check(optimizer, *_):
+        own = {p for group in optimizer.param_groups for p in group['params']}
+        for part in spy.call_args.args[1].values():
+            assert not isinstance(part, torch.nn.Module) or {p for p in part.parameters() if p.grad is not None} <= own
+    with mock.patch('data.load_checkpoint', wraps=data.load_checkpoint) as spy, register_optimizer_step_pre_hook(check):
+        succeed(*command(script, tmp_path, '--gan-weight 1' * (script == 'disback'), 3))
 
 
 def test_the_small_helpers_are_the_same_text_everywhere():
