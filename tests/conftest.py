@@ -4,27 +4,25 @@ import contextlib
 import importlib
 import io
 import os
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
-os.environ['ONEDNN_MAX_CPU_ISA'] = 'AVX512_CORE_FP16'  # some virtual machines advertise AMX and trap it
-os.environ['CUDA_VISIBLE_DEVICES'] = ''
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ['PYTHONPATH'] = f'{ROOT}{os.pathsep}{ROOT / "tests"}'
+os.environ.update(  # also of the processes that are started
+    PYTHONPATH=f'{ROOT}{os.pathsep}{ROOT / "tests"}', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1',
+    ONEDNN_MAX_CPU_ISA='AVX512_CORE_FP16')  # some virtual machines advertise AMX and trap it
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
 import data  # noqa: E402
 import edm_nets  # noqa: E402
 
-torch.set_num_threads(1)  # as in the processes that are started
-
-ENV = dict(os.environ, OMP_NUM_THREADS='1')
 SCRIPTS = {  # the four training loops, with the flags of a run of six steps that takes a second or two
     'edm_nets': 'train --cond 1 --channels 8 --channel-mult 1 1 --blocks 1 --attention 8 --lr 1e-3 --rampup-kimg 0.1',
     'disback': '--nodes 2 --degrade-kimg 0.064 --node-kimg 0.05 --lr 1e-4 --fake-lr 1e-4 --eval-images 0',
@@ -37,23 +35,16 @@ def quick_heun(net, z, labels, num_steps, heun=edm_nets.heun, **more):
     return heun(net, z, labels, min(num_steps, 3), **more)
 
 
-def run(*command, processes=1, path=ROOT):
-    """A command as a user types it: a script of the project and its arguments, run inside this process, which saves the
-    import of torch; or python's own arguments, run apart, as are several processes with `path` on the Python path."""
-    command = [str(part) for part in command]
-    if processes == 1 and Path(command[0]).parent == ROOT:
-        module, output, errors, code = importlib.import_module(Path(command[0]).stem), io.StringIO(), io.StringIO(), 0
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), \
-                mock.patch('edm_nets.heun', quick_heun):
-            try:
-                module.main(command[1:])
-            except SystemExit as stop:
-                code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-                errors.write(f'{stop.code}\n' if isinstance(stop.code, str) else '')
-        return subprocess.CompletedProcess(command, code, output.getvalue(), errors.getvalue())
-    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
-    env = dict(ENV, PYTHONPATH=f'{path}{os.pathsep}{ENV["PYTHONPATH"]}')
-    return subprocess.run([sys.executable, *launcher, *command], env=env, capture_output=True, text=True, timeout=200)
+def run(script, *arguments):
+    """A command as a user types it, but run inside this process, which saves the import of torch."""
+    module, output, errors, code = importlib.import_module(script.stem), io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), \
+            mock.patch('edm_nets.heun', quick_heun):
+        try:
+            module.main(list(map(str, arguments)))
+        except SystemExit as stop:
+            code = stop.code
+    return SimpleNamespace(returncode=code, stdout=output.getvalue(), stderr=errors.getvalue())
 
 
 @pytest.fixture(scope='session')
@@ -82,6 +73,14 @@ def command(tmp_path_factory):
 def seeded():
     """Each test draws the same random numbers, whichever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def world():
+    """A process group of this process alone."""
+    edm_nets.setup()
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture

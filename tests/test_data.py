@@ -1,5 +1,6 @@
-"""Every source format, every fault: one line, and nothing that looks finished. Downloads come from a local server."""
+"""Data sets, downloads from a local server, run folders: each format and fault; nothing that only looks finished."""
 
+import argparse
 import hashlib
 import io
 import json
@@ -9,6 +10,7 @@ import tarfile
 import threading
 import time
 import zipfile
+from multiprocessing.pool import ThreadPool
 from unittest import mock
 
 import numpy as np
@@ -33,14 +35,18 @@ def png(image):
     return saved(Image.fromarray(image).save, format='png')
 
 
-def edm_zip(labels, compression=zipfile.ZIP_STORED, **more):
-    """pictures(4) as EDM packs them, with more members."""
-    members, out = {f'00000/img{i}.png': png(image) for i, image in enumerate(pictures(4))}, io.BytesIO()
-    index = dict(labels=labels and list(zip(members, labels)))
-    with zipfile.ZipFile(out, 'w', compression) as archive:
-        for name, content in {**members, 'dataset.json': json.dumps(index), **more}.items():
+def zipped(members, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(out := io.BytesIO(), 'w', compression) as archive:
+        for name, content in members.items():
             archive.writestr(name, content)
     return out.getvalue()
+
+
+def edm_zip(labels, compression=zipfile.ZIP_STORED, **more):
+    """pictures(4) as EDM packs them, with more members."""
+    members = {f'00000/img{i}.png': png(image) for i, image in enumerate(pictures(4))}
+    index = dict(labels=labels and list(zip(members, labels)))
+    return zipped({**members, 'dataset.json': json.dumps(index), **more}, compression)
 
 
 def tarball(labels=(3, 0, 9, 1, 2), mode='w:gz'):  # pictures(5, 32) as CIFAR-10 comes, one image in each batch
@@ -80,76 +86,44 @@ def test_source_is_prepared_and_nothing_else_written(tmp_path, source, images, l
     assert dataset.labels(every).tolist() == labels and dataset.label_dim == (max(labels) + 1 if any(labels) else 0)
 
 
-def test_image_folder_with_classes_crop_and_modes(tmp_path):
+def test_image_folder_with_classes_crop_modes_transparency_and_a_turned_image(tmp_path):
     wide = Image.fromarray(pictures(1, 40)[0][:30])  # 40 wide, 30 high
+    glass, turned = Image.new('RGBA', wide.size, (255, 0, 0, 0)), wide.getexif()
+    turned[0x0112] = 6
     done = prepare(tmp_path, {
         'n02/a.png': saved(wide.save, 'png'), 'n01/b.png': saved(wide.convert('L').save, 'png'),
-        'n01/c.jpg': saved(wide.convert('CMYK').save, 'jpeg'), 'n02/d.png': saved(wide.convert('RGBA').save, 'png')},
+        'n01/c.jpg': saved(wide.convert('CMYK').save, 'jpeg', exif=turned), 'n02/d.png': saved(glass.save, 'png')},
         '--resolution', '16')
     dataset, expected = data.Folder(tmp_path / 'dest'), wide.crop((5, 0, 35, 30)).resize((16, 16), Image.LANCZOS)
     assert np.array_equal(dataset.images([2])[0].permute(1, 2, 0), np.asarray(expected))
-    assert dataset.labels(np.arange(4)).tolist() == [0, 0, 1, 1] and 'from L: 1; converted from CMYK: 1' in done.stdout
+    assert dataset.images([3]).unique().tolist() == [255]  # not the red under it
+    assert dataset.labels(np.arange(4)).tolist() == [0, 0, 1, 1]
+    for note in ('from L: 1; ', 'EXIF says to turn them (as EDM does): 1; ', 'from CMYK: 1; ', 'put on white: 1\n'):
+        assert note in done.stdout
 
 
 INDEX, GREY = json.dumps(dict(labels=[['a/0.png', 1], ['b/1.png', 0]])).encode(), png(np.zeros([8, 8], np.uint8))
 LAYOUTS = {  # what is on the disk, the labels, what is said
-    'dataset.json in a folder': ({'a/0.png': GREY, 'b/1.png': GREY, 'dataset.json': INDEX}, [1, 0], '0 (1), 1 (1)'),
     'all in one folder': ({'x/a/0.png': GREY, 'x/b/1.png': GREY, 'x/dataset.json': INDEX}, [1, 0], '0 (1), 1 (1)'),
-    'zip': ({'x/a/0.png': GREY, 'x/b/1.png': GREY, 'x/dataset.json': INDEX, '__MACOSX/._x': b''}, [1, 0], 'hidden files passed over: 1'),
+    'zip': (zipped({'x/a/0.png': GREY, 'x/b/1.png': GREY, 'x/dataset.json': INDEX, '__MACOSX/._x': b''}), [1, 0],
+            'hidden files passed over: 1'),
     'hidden': ({'cat/1.png': GREY, 'cat/._1.png': b'', '.trash/2.png': GREY, '@eaDir/3.png': b'', 'dog/4.png': GREY,
                 'Thumbs.db': b''}, [0, 1], 'hidden files passed over: 3; files passed over that are no images: 1'),
-    'empty class': ({'n00/1.png': GREY, 'n01': None, 'n02/2.png': GREY, 'n03': None}, [0, 2], 'class 1 = n01, 3 = n03'),
+    'empty class': ({'n00/1.png': GREY, 'n01/.x': b'', 'n02/2.png': GREY, 'n03/.x': b''}, [0, 2],
+                    'class 1 = n01, 3 = n03'),
     'numbers': ({f'{i}/1.png': GREY for i in range(11)}, [0, 1, 10, *range(2, 10)], ' 9 = 9 (1), 10 = 10 (1)'),
     'parts': ({f'{part}/{name}/1.png': GREY for part in ('train', 'val') for name in 'ab'}, [0, 0, 1, 1],
               '2 classes: 0 = train (2), 1 = val (2)'),
     'many': ({f'c{i:02}/1.png': GREY for i in range(20)}, list(range(20)), '4 = c04 (1), ..., 17 = c17 (1), 18'),
-    'no classes': ({'x/1.png': GREY, 'x/2.jfif': saved(Image.new('RGB', [8, 8]).save, 'jpeg')}, None, 'no labels')}
+    'no classes': ({'x/1.png': GREY, 'x/2.jfif': saved(Image.new('RGB', [8, 8]).save, 'jpeg')}, [0, 0], 'no labels')}
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_layout_is_understood_and_told(tmp_path, layout):
-    files, labels, message = LAYOUTS[layout]
-    for name, content in files.items():
-        if content is None:
-            (tmp_path / 'source' / name).mkdir()
-            files = {name: content for name, content in files.items() if content is not None}
-        (tmp_path / 'source').mkdir(exist_ok=True)
-    if layout == 'zip':
-        with zipfile.ZipFile(out := io.BytesIO(), 'w') as archive:
-            for name, content in files.items():
-                archive.writestr(name, content)
-        (tmp_path / 'source').rmdir()
-        files = out.getvalue()
-    done = prepare(tmp_path, files)
-    assert message in done.stdout, (done.stdout, done.stderr)
-    dataset = data.Folder(tmp_path / 'dest')
-    assert dataset.labels(np.arange(len(dataset))).tolist() == (labels or [0, 0])
-    assert dataset.label_dim == (0 if labels is None else 4 if layout == 'empty class' else max(labels) + 1)
-
-
-@pytest.mark.parametrize('source', [
-    edm_zip([0, 1, 2, 3], **{'x.png': PICTURE}), {'a/1.png': PICTURE, 'b/1.png': PICTURE, '2.png': PICTURE},
-    {'x.npz': saved(np.savez, data=ROWS)}, {'x/dataset.json': b'?', 'x/1.png': PICTURE, 'y/1.png': PICTURE}],
-    ids=['some labels', 'images beside classes', 'no labels', 'dataset.json that is not on top'])
-def test_labels_that_cannot_be_used_are_an_error_or_not_read(tmp_path, source):
-    done = prepare(tmp_path, source)
-    assert done.returncode == 1 and '--no-labels' in done.stderr and done.stderr.count('\n') == 1
-    assert prepare(tmp_path, source, '--no-labels').returncode == 0 and data.Folder(tmp_path / 'dest').label_dim == 0
-
-
-def test_transparency_and_turned_images(tmp_path):
-    glass, turned = Image.new('RGBA', [8, 8], (255, 0, 0, 0)), Image.new('RGB', [8, 8])
-    turned.getexif()[0x0112] = 6
-    turned = saved(turned.save, 'jpeg', exif=turned.getexif())
-    done = prepare(tmp_path, {'a.png': saved(glass.save, 'png'), 'b.jpg': turned})
-    assert data.Folder(tmp_path / 'dest').images([0]).unique().tolist() == [255]  # not the red under it
-    assert 'EXIF says to turn them (as EDM does): 1; ' in done.stdout and 'put on white: 1' in done.stdout
-
-
-def test_a_zip_in_place_of_a_prepared_folder_is_no_place_to_prepare_to(tmp_path):
-    (tmp_path / 'x.zip').write_bytes(edm_zip(None))
-    with pytest.raises(FileNotFoundError, match=f'`python data.py prepare {tmp_path}/x.zip {tmp_path}/x`'):
-        data.open_dataset('cifar10', tmp_path / 'x.zip')
+    source, labels, message = LAYOUTS[layout]
+    done, dataset = prepare(tmp_path, source), data.Folder(tmp_path / 'dest')
+    assert message in done.stdout and dataset.labels(np.arange(len(dataset))).tolist() == labels
+    assert dataset.label_dim == {'no classes': 0, 'empty class': 4}.get(layout, max(labels) + 1)
 
 
 def test_two_that_prepare_the_same_do_not_mix(tmp_path, monkeypatch):
@@ -171,15 +145,17 @@ def test_two_that_prepare_the_same_do_not_mix(tmp_path, monkeypatch):
 FAULTY = {
     'absent': {}, 'empty': {'no picture': b''}, 'text': b'hello', 'cut zip': edm_zip(None)[:300],
     'oblong': {'a.png': png(pictures(1)[0][:5])}, '16 bits': {'a.png': png(np.zeros([8, 8], np.uint16))},
-    'image without label': edm_zip([0, 1, 2, 3], **{'x.png': PICTURE}),
     **{f'image {content[:4]}': edm_zip(None, **{'x.png': content}) for content in (png(pictures(1, 9)[0]), b'no PNG')},
     **{f'label {label}': edm_zip([0, label, 1, 2]) for label in (-1, None, True, 0.5, 1 << 40)},
+    'labels: some': edm_zip([0, 1, 2, 3], **{'x.png': PICTURE}), 'labels: rows': {'x.npz': saved(np.savez, data=ROWS)},
+    'labels: folders': {'a/1.png': PICTURE, 'b/1.png': PICTURE, '2.png': PICTURE},
+    'labels: nested': {'x/dataset.json': b'?', 'x/1.png': PICTURE, 'y/1.png': PICTURE},
     **{f'json {text[:12]}': edm_zip(None, **{'dataset.json': text})
        for text in ('[1]', '[' * 100_000, '{"labels": 3}', '{"labels": [["a"')},
     **{f'damaged zip {method}': (x := edm_zip(None, method))[:60] + bytes(30) + x[90:]  # each method has its own errors
        for method in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED)},
     'damaged xz': (x := tarball(mode='w:xz'))[:40] + bytes(20) + x[60:], 'cut tarball': tarball()[:3000],
-    'label 77': tarball([0, 1, 77, 2, 3]), 'no data_batch_5': tarball(range(4)),
+    'class 77': tarball([0, 1, 77, 2, 3]), 'no data_batch_5': tarball(range(4)),
     **{f'npz {name}': {'x.npz': saved(np.savez, data=rows, labels=labels), 'map_clsloc.txt': MAP}
        for name, (rows, labels) in dict(
            floats=(ROWS / 255, ONES), short=(ROWS, ONES[:3]), long=(ROWS, [1] * 12), oblong=(ROWS[:, :100], ONES),
@@ -189,8 +165,11 @@ FAULTY = {
 @pytest.mark.parametrize('fault', FAULTY)
 def test_faulty_source_is_refused_in_one_line(tmp_path, fault):
     done = prepare(tmp_path, FAULTY[fault])
-    assert done.returncode == 1 and re.fullmatch(r'data\.py: cannot prepare .+\n+', done.stderr), done.stderr
+    assert done.returncode == 1 and re.fullmatch(r'data\.py: cannot prepare .+\n', done.stderr), done.stderr
     assert {path.name for path in tmp_path.iterdir()} <= {'source'}
+    if fault.startswith('labels'):  # then they need not be used
+        assert '--no-labels' in done.stderr and prepare(tmp_path, FAULTY[fault], '--no-labels').returncode == 0
+        assert data.Folder(tmp_path / 'dest').label_dim == 0
 
 
 @pytest.mark.parametrize('fault', [OSError(28, 'No space left on device'), KeyboardInterrupt()])
@@ -286,12 +265,9 @@ def test_download_goes_on_where_it_stopped(tmp_path, server, answers):
 
 
 def test_of_two_that_fetch_the_same_one_waits(tmp_path, server):
-    server.answers, paths = [WHOLE + CONTENT], []
-    threads = [threading.Thread(target=lambda: paths.append(data.download(server.url, tmp_path / 'f'))) for _ in '12']
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    server.answers = [WHOLE + CONTENT]
+    with ThreadPool(2) as pool:
+        paths = pool.map(lambda _: data.download(server.url, tmp_path / 'f'), range(2))
     assert paths == [tmp_path / 'f'] * 2 and paths[0].read_bytes() == CONTENT and len(server.asked) == 1
 
 
@@ -302,18 +278,67 @@ def test_where_downloads_are_kept(tmp_path, monkeypatch):
     assert str(path.parent) == '/x/.cache/one-step-diffusion' and path.name[8:] == '-net.pkl'
     monkeypatch.delenv('HOME')
     assert data.cache_path('https://a.b/net').parent.is_absolute()
-    (tmp_path / 'file').write_bytes(b'')
     with pytest.raises(OSError, match='^cannot keep .*: set ONE_STEP_CACHE to a folder that can be written$'):
-        data.download('https://a.b/net', tmp_path / 'file' / 'net')
+        data.download('https://a.b/net', f'{__file__}/net')  # no folder
     with pytest.raises(OSError, match='^cannot fetch s3://a/b: .*unknown url type.*; check the address$'):
         data.download('s3://a/b', tmp_path / 'net')
 
 
-def test_cifar10_is_fetched_and_imagenet_says_how_to_prepare_it(tmp_path, server, monkeypatch):
+def test_cifar10_is_fetched_and_what_is_no_prepared_folder_says_how_to_make_one(tmp_path, server, monkeypatch):
     server.answers = [b'HTTP/1.1 200 OK\r\n\r\n' + (archive := tarball())]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, 'CIFAR10_URL', server.url)
     monkeypatch.setattr(data, 'CIFAR10_MD5', hashlib.md5(archive).hexdigest())
     assert data.open_dataset('cifar10').labels(np.arange(5)).tolist() == [3, 0, 9, 1, 2]
-    with pytest.raises(FileNotFoundError, match='data.py prepare .* datasets/imagenet64 --resolution 64'):
-        data.open_dataset('imagenet64')
+    (tmp_path / 'x.zip').write_bytes(b'')
+    for dataset, path, names in (('imagenet64', None, '.* datasets/imagenet64 --resolution 64'),
+                                 ('cifar10', tmp_path / 'x.zip', f'{tmp_path}/x.zip {tmp_path}/x')):
+        with pytest.raises(FileNotFoundError, match=f'`python data.py prepare {names}`'):
+            data.open_dataset(dataset, path)
+
+
+@pytest.mark.parametrize('error, message', [
+    (OSError('disk full'), '^cannot write .*/x: disk full$'), (KeyError('bug'), 'bug'), (KeyboardInterrupt('^C'), 'C')])
+def test_whole_file_leaves_nothing_behind_on_an_error(tmp_path, error, message):
+    (tmp_path / 'x').write_bytes(b'old')
+    with pytest.raises(type(error), match=message), data.whole_file(tmp_path / 'x') as f:
+        f.write(b'new')
+        raise error
+    assert [path.name for path in tmp_path.iterdir()] == ['x'] and (tmp_path / 'x').read_bytes() == b'old'
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path, world):
+    args = argparse.Namespace(out=str(tmp_path), kimg=1)
+    data.start_log(args, {}, 'the plan')
+    with pytest.raises(BlockingIOError, match=f'^{tmp_path}/stats.jsonl is in use by another run .*torchrun.$'):
+        data.lock(tmp_path / 'stats.jsonl')
+    data.start_log(args, {}, 'the plan')  # the next run of the same process
+    data.LOCKED.clear()  # as at the end of the process
+    data.lock(tmp_path / 'stats.jsonl').close()
+
+
+def test_grey_images_are_drawn(tmp_path):
+    data.save_panels({'': torch.arange(16, dtype=torch.uint8).reshape(1, 1, 4, 4)}, tmp_path / 'x.png', 1, 1)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / 'x.png')), np.arange(16).reshape(4, 4, 1).repeat(3, 2))
+
+
+def test_means_average_and_name_the_first_scalar_that_is_not_finite(world):
+    means = data.Means(1000)
+    for loss in (1.0, 3.0):
+        means.add(loss=torch.tensor(loss))
+    stats = means.collect(2000)
+    assert stats['loss'] == 2 and stats['sec_per_kimg'] == pytest.approx(stats['seconds'])
+    for student, fake_score in torch.tensor([[1, 1], [1, np.inf], [np.nan, 1]]):
+        means.add(student=student, fake_score=fake_score)
+    with pytest.raises(FloatingPointError, match='^fake_score is not finite'):
+        means.collect(2000)
+
+
+@pytest.mark.parametrize('error, start', [
+    (ValueError('wrong flag'), 'x.py: wrong flag'), (FileNotFoundError('no file'), 'x.py: no file'),
+    (torch.OutOfMemoryError('full.'), 'x.py: full. A smaller --batch-gpu'), (KeyError('bug'), 'Traceback')])
+def test_what_can_be_mended_ends_in_one_line_and_the_rest_in_a_traceback(capsys, error, start):
+    with pytest.raises(SystemExit, match='^1$'), data.clear_errors('x.py'):
+        raise error
+    message = capsys.readouterr().err
+    assert message.startswith(start) and str(error) in message and (start == 'Traceback' or message.count('\n') == 1)

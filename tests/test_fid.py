@@ -15,6 +15,7 @@ import data
 import edm_nets
 import fid
 from conftest import ROOT
+from test_nets import small
 
 CPU = torch.device('cpu')
 
@@ -123,8 +124,7 @@ class Fake(torch.nn.Module):
 def test_a_foreign_one_step_network_against_a_fetched_reference_without_data(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fid, 'inception_v3', lambda _: Fake())
     monkeypatch.setenv('ONE_STEP_CACHE', str(tmp_path / 'cache'))
-    net = edm_nets.make_network(edm_nets.parse_train_args(['--channels', '8']), 16, 4)
-    edm_nets.save(tmp_path / 'net.pt', net, 'elsewhere', 0)
+    edm_nets.save(tmp_path / 'net.pt', net := small(), 'elsewhere', 0)
     fid.save_statistics(tmp_path / 'ref.npz', np.zeros(2048), np.zeros([2048, 2048]))
     line = f'score --net {tmp_path}/net.pt --dataset elsewhere --num 10 --sigma-init 2.5 --precision bf16'
     fid.main([*line.split(), '--ref', (tmp_path / 'ref.npz').as_uri()])
@@ -146,15 +146,13 @@ def write_run(out, kimg, scores):
     return str(out)
 
 
-def test_summary_of_a_run(tmp_path, few_shapes, capsys):
+def test_summary_of_a_run(tmp_path, few_shapes, capsys, world):
     args = argparse.Namespace(out=write_run(tmp_path / 'run', 2, [9, 3, 5]), teacher=tmp_path / 'teacher.pt',
                               features='pixels', eval_images=40, sigma_init=2.5)
-    net = edm_nets.make_network(edm_nets.parse_train_args(['--channels', '8']), 16, 4)
-    edm_nets.save(args.teacher, net, 'shapes', 0)
+    edm_nets.save(args.teacher, net := small(), 'shapes', 0)
     net.sigma_init = 2.5
     edm_nets.save(tmp_path / 'run' / 'student-000002.pt', net, 'shapes', 2000)
     fid.summarize(args)
-    torch.distributed.destroy_process_group()
     table, output = (tmp_path / 'run' / 'summary.txt').read_text(), capsys.readouterr().out
     rows = [re.split('  +', line)[:2] for line in table.splitlines()]
     assert [name for name, _ in rows[:3]] == ['', 'data, other images', 'teacher, 18 steps']

@@ -12,20 +12,24 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import data
 import distributional
 import edm_nets
 import teacher_free
-from conftest import ROOT, SCRIPTS, run
-from test_distributional import Tiny
+from conftest import ROOT, SCRIPTS, quick_heun, run
+from test_nets import Tiny, off
 from test_speed import distance, fail, load, status_lines, student, succeed
 
 METHODS = ['disback', 'teacher_free', 'distributional']
@@ -53,8 +57,7 @@ def finished(command, tmp_path_factory):
     """finished(script) is the folder of an undisturbed run on `shapes`, which is made when it is first asked for."""
     @functools.cache
     def finished(script):
-        out = tmp_path_factory.mktemp(script)
-        succeed(*command(script, out))
+        succeed(*command(script, out := tmp_path_factory.mktemp(script)))
         return out
     return finished
 
@@ -82,30 +85,47 @@ def test_the_run_folder(script, files, losses, finished, command):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-IN_TURN = '''
-import importlib, json, os, sys, time
-import torch.distributed as dist
-import conftest, edm_nets
-edm_nets.heun, dist.destroy_process_group = conftest.quick_heun, lambda: None
-for script, *argv in json.loads(sys.argv[1]):
-    print('now', time.time(), flush=True)
-    importlib.import_module(script).main(argv + ['--batch', str(32 - int(os.environ['RANK']))] * ('fails' in str(argv)))
-'''
+def batch_norm(path, norm=None):
+    """Write what a batch norm makes of this rank's share of eight images, with first and second derivatives."""
+    rank, world_size, _ = distributional.setup()
+    norm, x = norm or distributional.GlobalBatchNorm(3), torch.arange(600.).cos().reshape(8, 3, 5, 5)
+    x = x.chunk(world_size)[rank].requires_grad_()
+    gradient, = torch.autograd.grad((norm(x) ** 3).sum(), x, create_graph=True)
+    torch.save((norm(x), gradient, *torch.autograd.grad(gradient.square().sum(), x)), f'{path}-{rank}')
+
+
+def in_turn(folder, commands):
+    """What each of two processes does: a batch norm, then whole runs, the last with an error on one of them."""
+    batch_norm(f'{folder}/norm')
+    with mock.patch('edm_nets.heun', quick_heun), mock.patch('torch.distributed.destroy_process_group'):
+        for script, *argv in json.loads(commands):
+            print('now', time.time(), flush=True)
+            odd = ['--batch', str(32 - dist.get_rank())] * ('fails' in str(argv))
+            importlib.import_module(script).main(argv + odd)
 
 
 @pytest.fixture(scope='module')
 def two(command, tmp_path_factory):
-    """What two processes have done, all in one start, the last with an error on one of them; in `two.folder`."""
+    """What two processes have done, all in one start, in `two.folder`."""
     folder = tmp_path_factory.mktemp('two')
     lines = [command(script, folder / script, '--batch-gpu 8 --snapshot-kimg 9') for script in SCRIPTS]
     lines += [command(script, folder / f'{script}0', '--eval-images 20', 0) for script in METHODS[1:]]
     score = f'score --net {folder}/teacher_free0/student-000000.pt --data {command.folder}/data0 --num 60'
     score = [ROOT / 'fid.py', *f'{score} --dataset cifar10 --features pixels --batch'.split()]
     lines += [[*score, '17'], command('disback', folder / 'fails')]
-    (folder / 'in_turn.py').write_text(IN_TURN)
-    two = run(folder / 'in_turn.py', json.dumps([[line[0].stem, *map(str, line[1:])] for line in lines]), processes=2)
+    python = [sys.executable, *'-m torch.distributed.run --standalone --nproc_per_node=2'.split(), __file__, folder]
+    two = subprocess.run([*python, json.dumps([[line[0].stem, *map(str, line[1:])] for line in lines])],
+                         capture_output=True, text=True, timeout=200)
     two.folder, two.score, two.seconds = folder, score, time.time() - float(two.stdout.rsplit('now', 1)[1].split()[0])
     return two
+
+
+def test_batch_norm_is_torchs_over_all_ranks_to_second_derivatives(two, tmp_path, world):
+    batch_norm(tmp_path / 'torch', torch.nn.BatchNorm2d(3))
+    batch_norm(tmp_path / 'one')
+    exact, one, *both = map(torch.load, [tmp_path / 'torch-0', tmp_path / 'one-0', *sorted(two.folder.glob('norm-*'))])
+    for ours in (one, [torch.cat(parts) for parts in zip(*both)]):
+        assert all(off(a, b) < 1e-4 for a, b in zip(ours, exact, strict=True))
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
@@ -151,12 +171,9 @@ def die(command, moment, count):
     ('disback', [('step', 2), ('step', 17), ('write', 2), ('rename', 6)]),
     ('teacher_free', [('step', 5), ('step', 18)])])
 def test_kill_and_resume_bit_for_bit(script, kills, command, finished, tmp_path):
-    """SIGKILL in the first stage, where the student rests, in the last step, while a checkpoint is written or renamed.
-
-    The runs that die are copies of a process that has imported all they need.
-    """
+    """SIGKILL in the first stage, where the student rests, in the last step, as a checkpoint is written or renamed."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['test_runs'])
+    context.set_forkserver_preload(['test_runs'])  # all runs are copies of a process that has imported it
     for kill in kills:
         process = context.Process(target=die, args=(command(script, tmp_path), *kill))
         process.start()
@@ -171,10 +188,8 @@ def test_kill_and_resume_bit_for_bit(script, kills, command, finished, tmp_path)
 
 
 def test_a_projected_discriminator_resumes_bit_for_bit(command, tmp_path, monkeypatch):
-    """With a stand-in for a feature network, stopped in the third step, the one with R1.
-
-    Its fixed random convolutions come from the checkpoint, because another version of torch may draw others.
-    """
+    """With a stand-in for a feature network, stopped in the third step, the one with R1. Its fixed random convolutions
+    come from the checkpoint, because another version of torch may draw others."""
     tiny, projected_head, make_discriminator = Tiny(), distributional.projected_head, distributional.make_discriminator
     monkeypatch.setattr(distributional, 'feature_network', lambda *_: tiny)
     monkeypatch.setattr(distributional, 'projected_head', lambda c, size, out: projected_head(c, 8, out))  # small
@@ -193,8 +208,7 @@ def test_a_projected_discriminator_resumes_bit_for_bit(command, tmp_path, monkey
 
 @pytest.mark.parametrize('damage', [
     lambda content: content[:len(content) // 2], lambda content: content.replace(QUARTERS, b'\1' + QUARTERS[1:], 1),
-    lambda content: b'something else'],
-    ids=['truncated', 'one flipped bit', 'foreign'])
+    lambda content: b'something else'], ids=['truncated', 'one flipped bit', 'foreign'])
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(damage, command, finished, tmp_path):
     shutil.copytree(finished('disback'), tmp_path / 'run')
     latest, previous = (tmp_path / 'run' / name for name in ('latest.pt', 'previous.pt'))
@@ -222,21 +236,20 @@ def test_a_full_disk_loses_nothing(command, finished, tmp_path):
     assert outcome(tmp_path) == outcome(finished('disback'))
 
 
-@pytest.mark.parametrize('script, may_change', [
-    ('edm_nets', set()), ('disback', set()), ('teacher_free', {'best_of', 'verifier'}),
-    ('distributional', {'features_dir', 'teacher_student_fd', 'activations'})])
-def test_another_value_of_any_flag_is_refused_by_name(script, may_change, finished, command, monkeypatch):
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_another_value_of_any_flag_is_refused_by_name(script, finished, command, monkeypatch):
     """But for those that change no result. The flags are all that the script hands over, so none can be forgotten."""
     with mock.patch('data.load_checkpoint', wraps=data.load_checkpoint) as spy:
         succeed(*command(script, finished(script)))
     (args, _, *more), fingerprints = spy.call_args
     monkeypatch.setattr(torch, 'load', functools.cache(torch.load))
     edm_nets.setup()
+    harmless = data.MAY_CHANGE | {'best_of', 'verifier', 'features_dir', 'teacher_student_fd', 'activations'}
     for name, value in list(vars(args).items()):
         setattr(args, name, value + 1 if isinstance(value, (bool, int, float)) else
                 [*value, 1] if isinstance(value, (list, tuple)) else f'{value} or another')
-        may = name in data.MAY_CHANGE | may_change
-        with contextlib.nullcontext() if may else pytest.raises(ValueError, match=f'another run .{name}: '):
+        refused = pytest.raises(ValueError, match=f'another run .{name}: ')
+        with contextlib.nullcontext() if name in harmless else refused:
             data.load_checkpoint(args, {}, *more, **fingerprints)
         setattr(args, name, value)
 
@@ -351,8 +364,7 @@ def test_sample_draws_one_network_or_several(finished, command, tmp_path):
 
 
 BAD_INPUT = {
-    'expected a number above 0': ['disback --batch-gpu 0', 'disback --lr nan', 'edm_nets --channel-mult 1 -2',
-                                  'fid.py score --net x --dataset shapes --batch -3'],
+    'expected a number above 0': ['disback --lr nan'],
     'must not be negative': ['disback --nodes -1', 'teacher_free --warmup-kimg -1'],
     'non-negative': ['disback --seed -1'], 'expected at least 10': ['disback --eval-images 9'],
     'is not finite': ['disback --student-sigma 0 1e99', 'disback --lr 1e30'],
@@ -361,7 +373,11 @@ BAD_INPUT = {
                            'teacher_free --init single-level --single-level x.pt'],
     'cannot load': ['disback --teacher {bad}/images.npy'], 'cannot use': ['edm_nets --dataset ffhq64 --data {bad}'],
     'and 4 classes, the data has 16 px, 3 channels and 3 classes': [
-        script + ' --dataset cifar10 --data {data}' for script in ('disback --gan-weight 1', *METHODS[1:])],
+        f'{script} --dataset cifar10 --data {{folder}}/data3' for script in ('disback --gan-weight 1', *METHODS[1:])],
+    'are (None, 16, 4), expected (2.5, 16, 4)': ['teacher_free --init single-level --single-level {folder}/' + TEACHER],
+    'are (2.5, 16, 4), expected (': [
+        f'teacher_free --init single-level --single-level {{run}}/student-000000.pt {more}'
+        for more in ('--sigma-init 9', '--teacher {folder}/teacher0/teacher-000000.pt')],
     'needs --eval-images': ['teacher_free --best-of 2', 'distributional --teacher-student-fd 2'],
     'not found: it is at https://': ['distributional --backbones vgg --features-dir .'],
     '16 px cannot be halved 5 times': ['edm_nets --channel-mult 1 1 1 1 1 1'],
@@ -372,11 +388,34 @@ BAD_INPUT = {
 @pytest.mark.parametrize('message, line', [(message, line) for message in BAD_INPUT for line in BAD_INPUT[message]])
 def test_bad_input_ends_in_one_line(message, line, command, finished, tmp_path, few_shapes):
     (tmp_path / 'images.npy').write_bytes(b'nothing')
-    line = line.format(run=finished('disback'), bad=tmp_path, data=command.folder / 'data3')
+    line = line.format(run=finished('disback'), bad=tmp_path, folder=command.folder)
     script, *more = line.split()
     fail(message, *([ROOT / script, *more] if '.py' in script else command(script, tmp_path / 'run', ' '.join(more))))
+
+
+@pytest.mark.parametrize('script', METHODS)
+def test_a_step_leaves_no_gradient_elsewhere(script, command, tmp_path):
+    """Whenever an optimizer steps, in all networks of the run only its own parameters have gradients."""
+    def check(optimizer, *_):
+        own = {p for group in optimizer.param_groups for p in group['params']}
+        for part in spy.call_args.args[1].values():
+            assert not isinstance(part, torch.nn.Module) or {p for p in part.parameters() if p.grad is not None} <= own
+    with mock.patch('data.load_checkpoint', wraps=data.load_checkpoint) as spy, register_optimizer_step_pre_hook(check):
+        succeed(*command(script, tmp_path, '--gan-weight 1' * (script == 'disback'), 3))
 
 
 def test_the_small_helpers_are_the_same_text_everywhere():
     for name, scripts in dict(setup=SCRIPTS, is_due=SCRIPTS, update_ema=SCRIPTS, draw_noise=METHODS).items():
         assert len({inspect.getsource(getattr(importlib.import_module(script), name)) for script in scripts}) == 1, name
+
+
+def test_a_launcher_that_is_not_torchrun_is_told_so(monkeypatch, capsys):
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.delenv('LOCAL_RANK', raising=False)
+    with pytest.raises(SystemExit), data.clear_errors('x.py'):
+        edm_nets.setup()
+    assert capsys.readouterr().err == 'x.py: RANK is set and LOCAL_RANK is not: start several processes with torchrun\n'
+
+
+if __name__ == '__main__':
+    in_turn(*sys.argv[1:])

@@ -1,11 +1,9 @@
 """What is done for speed changes no result, and no training step waits for the device; tests/gpu.py runs."""
 
-import collections
 import copy
 import functools
 import importlib
 import json
-import sys
 import traceback
 
 import pytest
@@ -70,15 +68,15 @@ def test_compiled_training_is_the_same(script, more, command, tmp_path, monkeypa
 @pytest.mark.parametrize('more, seen', [
     ('', {torch.bfloat16, torch.float16}), ('--score-precision fp32', {torch.bfloat16, None})])
 def test_the_two_scores_run_in_fp16_or_fp32_beside_bf16(more, seen, command, tmp_path, monkeypatch):
-    dtypes, forward = set(), edm_nets.EDMPrecond.forward
+    dtypes = set()
 
-    def spy(*args, **kwargs):
-        dtypes.add(torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else None)
-        return forward(*args, **kwargs)
-    monkeypatch.setattr(edm_nets.EDMPrecond, 'forward', spy)
+    def watch(module, _):
+        if isinstance(module, edm_nets.EDMPrecond):
+            dtypes.add(torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else None)
     monkeypatch.setattr(edm_nets, 'generate', gpu.no_images)
     monkeypatch.setattr(fid, 'summarize', lambda *_: None)
-    succeed(*command('disback', tmp_path, f'{SHORT} --nodes 0 --kimg 0.032 --precision bf16 {more}'))
+    with torch.nn.modules.module.register_module_forward_pre_hook(watch):
+        succeed(*command('disback', tmp_path, f'{SHORT} --nodes 0 --kimg 0.032 --precision bf16 {more}'))
     assert dtypes == seen
 
 
@@ -99,16 +97,13 @@ def test_fp16_keeps_the_difference_of_two_close_networks_that_bf16_drowns():
 
 
 class Waits(TorchDispatchMode):
-    """Counts, by line of the project, where a number is taken out of a tensor: there a GPU would be awaited."""
-
-    def __init__(self):
-        super().__init__()
-        self.steps, self.lines = 0, collections.Counter()
+    """Notes the lines of the project where a number is taken out of a tensor: there a GPU would be awaited."""
+    steps, lines = 0, ()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default and 0 < self.steps < 3:
             frames = [f for f in traceback.extract_stack()[:-1] if f.filename.startswith(str(ROOT))]
-            self.lines[f'{frames[-1].filename}:{frames[-1].lineno} {frames[-1].line}'] += 1
+            self.lines += f'{frames[-1].filename}:{frames[-1].lineno} {frames[-1].line}',
         return function(*args, **(kwargs or {}))
 
 
@@ -137,15 +132,12 @@ def test_the_gpu_check_runs_on_a_cpu(monkeypatch, capsys):
 
 def saved_bytes(net, x, sigma):
     """What the graph of one bf16 forward pass keeps, weights apart."""
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast('cpu', torch.bfloat16):
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.untyped_storage()) or t, lambda t: t)
+    with hooks, torch.autocast('cpu', torch.bfloat16):
         net(x, sigma).sum()
     own = {p.untyped_storage()._cdata for p in net.parameters()}
-    return sum(s.nbytes() for key, s in storages.items() if key not in own)
+    return sum({storage._cdata: storage.nbytes() for storage in kept if storage._cdata not in own}.values())
 
 
 def test_the_graph_of_a_bf16_step_is_bf16(monkeypatch):
