@@ -423,11 +423,16 @@ class UNetCritic(nn.Module):
             return x[0].numel() ** 0.5 * (a * means).sum(1, keepdim=True)
 
 
+def is_output(name):
+    """Whether a weight of this name, in a U-Net or in EDMPrecond, belongs to the last norm or the last layer."""
+    return '_aux_norm' in name or '_aux_conv' in name or name.removeprefix('model.').startswith('out_')
+
+
 def copy_weights(model, teacher, output=True):
     """Copy the teacher's weights into a U-Net, or the part of one. Without `output`, its last norm and layer stay."""
     own = model.state_dict()
-    model.load_state_dict(own | {k: v for k, v in teacher.model.state_dict().items() if k in own and (
-        output or not ('_aux_norm' in k or '_aux_conv' in k or k.startswith('out_')))})
+    model.load_state_dict(own | {k: v for k, v in teacher.model.state_dict().items()
+                                 if k in own and (output or not is_output(k))})
 
 
 def make_critic(kind, teacher, weights='teacher', **changes):
@@ -888,12 +893,17 @@ def train(args):
 
 
 def shapes_teacher(sigma=None):
-    """The path of the small teacher on `shapes` (or of its twin of one noise level), trained here once. Collective."""
+    """The path of the small teacher on `shapes`: your own, or the shipped one. Collective.
+
+    With a `sigma`, that of its twin of one noise level. What is not there yet is trained here, once.
+    """
     args = parse_train_args(['--sigma', str(sigma)] if sigma else [])
-    path = f'{args.out}/teacher-{int(args.kimg):06d}.pt'
+    path, shipped = f'{args.out}/teacher-{int(args.kimg):06d}.pt', Path(__file__).parent / 'assets' / 'teacher-shapes.pt'
+    if not os.path.exists(path) and shipped.is_file() and not sigma:
+        return str(shipped)
     if not os.path.exists(path):
         if dist.get_rank() == 0:
-            print('There is no teacher for shapes yet. It is trained first, once for all three methods.', flush=True)
+            print(f'The teacher for shapes is not there yet. It is trained first, once: {path}', flush=True)
         train(args)
     return path
 

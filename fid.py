@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import os
+import sys
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -417,7 +418,9 @@ def summarize(args, before=None):
         ruler = Ruler(dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
         other = data.Shapes(args.eval_images, seed=1)  # the least that can be reached with so few images
         rows['data, other images'] = ruler.score(other.images, args.eval_images)
-        rows['teacher, 18 steps'] = ruler.score(lambda i: edm_nets.generate(teacher, i, 18), args.eval_images)
+        known = Path(args.teacher).with_suffix('.json')  # of `fid.py score --out`; it lies beside the shipped teacher
+        rows['teacher, 18 steps'] = json.loads(known.read_text()) if known.is_file() else \
+            ruler.score(lambda i: edm_nets.generate(teacher, i, 18), args.eval_images)
         for stats in read_stats(args.out):
             if 'images' in stats:
                 rows['student after' if stats['kimg'] else 'student before'] = stats
@@ -448,6 +451,7 @@ def main(argv=None):
     p.add_argument('--precision', choices=['bf16', 'fp32'], default='fp32', help='of the network (%(default)s)')
     p.add_argument('--ref', help="reference .npz, path or URL, such as EDM's (default: measured on the dataset)")
     p.add_argument('--batch', type=edm_nets.positive(int), default=250, help='images at a time (%(default)s)')
+    p.add_argument('--out', help='JSON file to write the scores to')
     p = commands.add_parser('ref', parents=[shared], help='write reference statistics', allow_abbrev=False)
     p.add_argument('--out', required=True, help='.npz file to write')
     args = parser.parse_args(argv)
@@ -475,8 +479,11 @@ def main(argv=None):
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == 'bf16')
             images_of = autocast(lambda i: edm_nets.generate(net, args.seed + i, None if steps == 1 else steps))
             scores = ruler.score(images_of, args.num, args.batch)
-            scores['seconds'] = time.perf_counter() - start
             line = '  '.join(f'{k} {v:.5g}' for k, v in scores.items())
+            line += f'  seconds {time.perf_counter() - start:.5g}'
+            if args.out and rank == 0:
+                with data.whole_file(args.out) as f:
+                    f.write((json.dumps(dict(scores, command='python ' + ' '.join(sys.argv)), indent=1) + '\n').encode())
         if rank == 0:
             print(line, flush=True)
         dist.destroy_process_group()

@@ -76,6 +76,8 @@ def parse_args(argv=None):
     p.add_argument('--ratio-net', choices=RATIO_NETS, default='energy', help='see make_ratio_net (%(default)s)')
     p.add_argument('--ratio-init', choices=RATIO_INITS, default='features', help='see make_ratio_net (%(default)s)')
     p.add_argument('--init', choices=INITS, default='teacher', help='see initial_student (%(default)s)')
+    p.add_argument('--fresh-lr', type=positive(float), help='rate of all that --init and --ratio-init start at random '
+                   '(that of the other weights)')
     p.add_argument('--single-level', metavar='PATH', help='network for --init single-level')
     p.add_argument('--best-of', type=positive(int), nargs='+', metavar='K', default=[],
                    help='once trained, score the student with the best of K candidates for each sample')
@@ -177,6 +179,15 @@ def initial_student(args, teacher):
     return student.requires_grad_(False)
 
 
+def parameter_groups(net, init, lr, fresh_lr):
+    """Parameter groups for an optimizer: the weights that `init` copies learn at `lr`, those at random at `fresh_lr`."""
+    groups = {lr: [], fresh_lr or lr: []}
+    for name, parameter in net.named_parameters():
+        fresh = init == 'random' or init == 'features' and edm_nets.is_output(name)
+        groups[(fresh_lr or lr) if fresh else lr].append(parameter)
+    return [dict(params=params, lr=rate, full_lr=rate) for rate, params in groups.items() if params]
+
+
 @torch.no_grad()
 def best_of(student, ratio_net, seeds, K, verifier, batch=256):
     """The ratio as a verifier (v5): of K one-step samples per seed, keep one -> uint8 [N, C, R, R] on the CPU.
@@ -276,8 +287,8 @@ def train(args):
     ddp_student, ddp_ratio = wrap(student), wrap(ratio_net)
     # Betas are Diff-Instruct's. Deviation: SiD has 0.9 on FFHQ, and an eps of 1e-6 beside losses 100 times as large.
     adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), fused=True)
-    student_optimizer = adam(student.parameters(), args.lr)
-    ratio_optimizer = adam(ratio_net.parameters(), args.ratio_lr)
+    student_optimizer = adam(parameter_groups(student, args.init, args.lr, args.fresh_lr))
+    ratio_optimizer = adam(parameter_groups(ratio_net, args.ratio_init, args.ratio_lr, args.fresh_lr))
 
     # Resume. `parts` and the two counts of images are the whole state: random numbers follow from the counts.
     parts = dict(student=student, ema=ema, ratio_net=ratio_net, student_optimizer=student_optimizer,
@@ -377,8 +388,8 @@ def train(args):
                  for update in range(args.ratio_updates)]
         labels = reals[0][2]
         fall = min((1 - nimg / total) / args.decay, 1) if args.decay else 1
-        student_optimizer.param_groups[0]['lr'], ratio_optimizer.param_groups[0]['lr'] = \
-            args.lr * fall, args.ratio_lr * fall
+        for group in student_optimizer.param_groups + ratio_optimizer.param_groups:
+            group['lr'] = group['full_lr'] * fall
 
         # Update the student: it climbs the log ratio.
         samples = []  # x_0 of each round

@@ -68,7 +68,7 @@ def test_flags_are_the_contract_and_defaults_those_of_the_dataset(name):
 
 COPIES = {  # pieces that people copy together, by module
     'edm_nets': ['init_layer make_filter resample Resample ResampleConv2d FusedDownConv2d GroupNorm UNetBlock UNet '
-                 'NoiseEmbedding SongUNet DhariwalUNet EDMPrecond UNetCritic copy_weights make_critic',
+                 'NoiseEmbedding SongUNet DhariwalUNet EDMPrecond UNetCritic is_output copy_weights make_critic',
                  'Recorded OfficialUnpickler read_official_pickle', 'heun', 'ImageSeeds', 'denoising_loss'],
     'data': ['epoch_order batch_order', 'step_generator'],
     'fid': ['AVERAGE MAXIMUM HALVE conv Block InceptionV3 resize_tf1 fold', 'frechet_distance', 'precision_recall'],
