@@ -156,7 +156,7 @@ def lock(path, wait=False):
         if fcntl:
             fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise BlockingIOError(f'{path} is in use by another run (several processes start with torchrun)') from None
+        raise BlockingIOError(f'another process uses {path}: wait for it (one run on many GPUs: torchrun)') from None
     except OSError as error:
         print(f'warning: cannot lock {path}: {error}', flush=True)
     return f
@@ -196,8 +196,8 @@ def newest_checkpoint(out):
                 raise
         print(f'{path} is damaged: set aside as {path}.damaged', flush=True)
         os.replace(path, f'{path}.damaged')
-    if list(Path(out).glob('*.pt.damaged')):
-        raise ValueError(f'no whole checkpoint is left in {out}: give another --out')
+    if [*Path(out).glob('*.pt.damaged'), *Path(out).glob('student-*.pt'), *Path(out).glob('teacher-*.pt')]:
+        raise ValueError(f'no whole checkpoint is left in {out}, which holds a run: give another --out')
 
 
 def load_checkpoint(args, parts, may_change=frozenset(), **fingerprints):
@@ -387,8 +387,9 @@ class Shapes:
 
 
 def identity(dataset):
-    """What a dataset is recognised by: its size, and a checksum of its first hundred images and of all labels."""
-    checksum = fingerprint([dataset.images(np.arange(min(100, len(dataset)))), dataset.labels(np.arange(len(dataset)))])
+    """What a dataset is recognised by: its size, and a checksum of a hundred images all over it and of all labels."""
+    some = np.linspace(0, len(dataset) - 1, min(100, len(dataset))).astype(int)
+    checksum = fingerprint([dataset.images(some), dataset.labels(np.arange(len(dataset)))])
     return f'{len(dataset)} images of {dataset.resolution} px, {dataset.label_dim} classes, checksum {checksum}'
 
 
@@ -408,7 +409,7 @@ def open_dataset(dataset, path=None):
 def cache_path(url):
     """Where a download is kept: in $ONE_STEP_CACHE, or ~/.cache/one-step-diffusion, or (without $HOME) in /tmp."""
     home = os.environ.get('HOME') or tempfile.gettempdir()
-    folder = os.environ.get('ONE_STEP_CACHE') or f'{home}/.cache/one-step-diffusion'
+    folder = os.path.expanduser(os.environ.get('ONE_STEP_CACHE') or f'{home}/.cache/one-step-diffusion')
     name = urllib.parse.urlsplit(url).path.rsplit('/', 1)[-1][-100:]  # without the signature of a signed URL
     return Path(folder) / f'{hashlib.md5(url.encode()).hexdigest()[:8]}-{name}'
 
@@ -492,11 +493,12 @@ def read_tree(names, open_file, use_labels, classes, notes):
     elif use_labels and len(folders := {n[len(top):].split('/')[0] for n in names if '/' in n[len(top):]}) > 1:
         classes += sorted(folders, key=lambda c: (int(c), c) if all(map(str.isdecimal, folders)) else c)
         numbers = {c: i for i, c in enumerate(classes)}
-        labels = {n[len(top):]: numbers.get(n[len(top):].split('/')[0], 'missing') for n in images}
+        labels = {n[len(top):]: numbers.get(n[len(top):].split('/')[0], 'none') for n in images}
     notes['hidden files passed over'] = len([n for n in hidden if not n.endswith('/')])
-    notes['files passed over that are no images'] = len(files) - len(images) - len(lists)
+    others = set(files) - set(images) - set(lists)
+    notes[f'other files passed over ({", ".join(sorted({Path(n).suffix for n in others})[:9])})'] = len(others)
     for n in images:
-        yield n, open_file(n), labels.get(n[len(top):], 'missing') if labels else None
+        yield n, open_file(n), labels.get(n[len(top):], 'none') if labels else None
 
 
 def read_images(source, use_labels, classes, notes):
@@ -504,7 +506,7 @@ def read_images(source, use_labels, classes, notes):
 
     Names of classes are appended to the list `classes`; what is passed over is counted in the Counter `notes`.
     """
-    if source.is_dir() and any(source.glob('*.npz')):  # downsampled ImageNet, whose classes are in an order of its own
+    if source.is_dir() and any(source.glob('*data*.npz')):  # downsampled ImageNet; its classes have their own order
         numbers = {}
         if use_labels:  # lines like `n02119789 1 kit_fox`; the classes of EDM are the sorted n-numbers
             if not (source / 'map_clsloc.txt').is_file():
@@ -512,7 +514,7 @@ def read_images(source, use_labels, classes, notes):
             lines = sorted(line.split() for line in (source / 'map_clsloc.txt').read_text().splitlines() if line)
             classes += [name for _, _, name in lines]
             numbers = {int(number): i for i, (_, number, _) in enumerate(lines)}
-        for f in sorted(source.glob('*.npz'), key=lambda f: (len(f.name), f.name)):
+        for f in sorted(source.glob('*data*.npz'), key=lambda f: (len(f.name), f.name)):
             if f.name.startswith('val'):  # not for training
                 notes['validation files passed over'] += 1
                 continue
@@ -521,7 +523,12 @@ def read_images(source, use_labels, classes, notes):
                 if use_labels else [None] * len(batch['data'])
             yield from read_rows(f.name, batch['data'], labels)
     elif source.is_dir():
-        names = [f'{f.relative_to(source).as_posix()}{"/" * f.is_dir()}' for f in source.rglob('*')]
+        def fail(error):
+            raise error
+        names = []
+        for folder, _, files in os.walk(source, onerror=fail, followlinks=True):
+            names += [(Path(folder) / f).relative_to(source).as_posix() for f in files]
+            names += [Path(folder).relative_to(source).as_posix() + '/'] * (folder != str(source))
         yield from read_tree(names, lambda name: open(source / name, 'rb'), use_labels, classes, notes)
     elif zipfile.is_zipfile(source):
         archive = zipfile.ZipFile(source)
@@ -557,8 +564,9 @@ def decode(name, image, resolution, notes):
     notes[f'converted from {image.mode}'] += image.mode != 'RGB'
     notes['left as they lie, though their EXIF says to turn them (as EDM does)'] += turned
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
-        notes['transparent, put on white'] += 1
+        image = image.convert('RGBA')
+        notes['transparent, put on white'] += image.getextrema()[3][0] < 255
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     image = image.convert('RGB')
     if resolution:
         side = min(image.size)
@@ -589,14 +597,15 @@ def prepare(source, dest, resolution=None, use_labels=True):
                     raise ValueError(f'{name} is {width}x{height}, not {side}x{side}: give --resolution to resize')
                 if label is not None:
                     if type(label) is not int or not 0 <= label < MAX_CLASSES:
-                        raise ValueError(f'label {label!r} of {name}: expected a class number, or --no-labels')
+                        raise ValueError(f'the label of {name} is {label!r}: expected a class number, or --no-labels')
                     labels.append(label)
                 f.write(pixels.tobytes())
                 n += 1
                 if n % 10_000 == 0:
                     print(f'  {n} images', flush=True)
             if not n or len(labels) not in (0, n):
-                raise ValueError(f'{n} images, {len(labels)} labels: expected labels for all or none')
+                raise ValueError('no images found' if not n else f'{n} images have {len(labels)} labels: expected a '
+                                 'label for all or none')
             f.seek(0)
             np.lib.format.write_array_header_1_0(f, dict(descr='|u1', fortran_order=False, shape=(n, side, side, 3)))
             f.flush()
@@ -618,8 +627,10 @@ def prepare(source, dest, resolution=None, use_labels=True):
     counts = np.bincount(labels, minlength=len(classes)) if labels else []
     names = [f'{i} = {name}' for i, name in enumerate(classes)] or list(map(str, range(len(counts))))
     shown = [f'{name} ({count})' for name, count in zip(names, counts)]
-    if 0 in counts:
-        print(f'warning: there are no images of class {", ".join(names[i] for i in np.flatnonzero(counts == 0))}')
+    if missing := [name for name, count in zip(names, counts) if not count]:
+        print(f'warning: there are no images of class {", ".join(missing[:9])}{", ..." * (len(missing) > 9)}')
+    if classes and {*classes} <= {'train', 'training', 'val', 'valid', 'validation', 'test'}:
+        print('warning: are these classes parts of the data? Then name one of them as SOURCE.')
     if notes := +notes:  # those above 0
         print('; '.join(f'{what}: {count}' for what, count in notes.items()))
     shown = shown if len(shown) <= 12 else [*shown[:5], '...', *shown[-3:]]

@@ -193,9 +193,8 @@ def train(args):
     score_autocast = functools.partial(torch.autocast, device.type, torch.float16, enabled=fp16)
 
     # Data. The method needs none; only scores and the GAN term do.
-    needed, cache = args.eval_images or args.gan_weight, f'{args.out}/reference-{args.features}.npz'
+    needed = args.eval_images or args.gan_weight or args.dataset == 'shapes'
     dataset = data.rank0_first(data.open_dataset, args.dataset, args.data) if needed else None
-    ruler = fid.Ruler(dataset, args.features, device, cache=cache) if args.eval_images else None
     if args.teacher is None:
         args.teacher = edm_nets.shapes_teacher() if args.dataset == 'shapes' else edm_nets.TEACHERS[args.dataset]
 
@@ -235,11 +234,13 @@ def train(args):
         a, b = (sum(p.numel() for p in group) for group in (student.parameters(), fake_parameters))
         data.start_log(args, state, f'[1/3] teacher of {a / 1e6:.2f} M parameters: {args.teacher}\n'
                        f'[2/3] path of {args.nodes} nodes, {degraded / 1000:g} to {steps * args.batch / 1000:g} kimg: '
-                       f'degradation_loss should fall; nodes are kept as {args.out}/path-*.pt\n'
+                       f'degradation_loss should fall (0 nodes: no path); nodes are kept as {args.out}/path-*.pt\n'
                        f'[3/3] student, {nimg / 1000:g} to {args.kimg:g} kimg: mismatch and the score should fall; '
                        f'samples are drawn to {args.out}/grid-*.png', trained_parameters=a + b)
         if (args.nodes - 1) * args.node_kimg >= args.kimg:
             print('warning: the run ends before the teacher becomes the target: lower --nodes or --node-kimg')
+    ruler = args.eval_images and fid.Ruler(
+        dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
     classes, means = max(student.label_dim, 1), data.Means(degraded)  # an unconditional network ignores its one label
 
     # Stage 1, degradation recording (Alg. 1, Eq. 7): the fake score learns the samples of the untouched student.

@@ -364,8 +364,6 @@ def train(args):
 
     # Data.
     dataset = data.rank0_first(data.open_dataset, args.dataset, args.data)
-    ruler = args.eval_images and fid.Ruler(
-        dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
     args.teacher = args.teacher or edm_nets.shapes_teacher()
 
     # Networks. The student has no dropout. Deviation: EDM's preconditioning, without the published one's small eps.
@@ -405,6 +403,8 @@ def train(args):
                        f'[2/2] student ({1 - a / b:.2%} frozen) against a discriminator of {c / 1e6:.2f} M on '
                        f'{" + ".join(args.backbones)}, {nimg / 1000:g} to {args.kimg:g} kimg: the score should fall; '
                        f'samples are drawn to {args.out}/grid-*.png', trained_parameters=a + c)
+    ruler = args.eval_images and fid.Ruler(
+        dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
     shape = [args.batch, student.img_channels, student.img_resolution, student.img_resolution]  # of the global batch
     classes, means, saved = max(student.label_dim, 1), data.Means(nimg), time.time()
 

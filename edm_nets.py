@@ -485,10 +485,10 @@ def load(path_or_url):
     try:
         if zipfile.is_zipfile(path):  # torch.save
             content = torch.load(path, map_location='cpu', weights_only=True)
-            if 'net_kwargs' not in content:
+            if not isinstance(content, dict) or 'net_kwargs' not in content:
                 raise ValueError(
                     'it is a checkpoint: give teacher-*.pt or student-*.pt beside it' if 'config' in content else
-                    'it has no net_kwargs, as a bare state dict: edm_nets.save writes what is needed')
+                    'it is a bare state dict: save the network with edm_nets.save')
             kwargs, state, sigma_init = (content[key] for key in ('net_kwargs', 'net', 'sigma_init'))
         else:
             kwargs, state, sigma_init = *read_official_pickle(path), None
@@ -518,11 +518,17 @@ def explain(path, error):
     """Why `path` could not be loaded, in one line: what the file is instead, or what the error says."""
     with open(path, 'rb') as f:
         start, reason = f.read(100).lstrip().lower(), str(error).strip() or type(error).__name__
+    if not start:
+        return 'it is empty'
     for beginning, what in {
             b'version https://git-lfs': 'it is a pointer of git-lfs: fetch the file itself with `git lfs pull`',
             b'<': 'it is a web page: is the address right?', b'\x1f\x8b': 'it is compressed: gunzip it'}.items():
         if start.startswith(beginning):
             return what
+    if start.startswith(b'pk') and ('record' in reason or not zipfile.is_zipfile(path)):
+        return 'it is a zip file that torch.save has not written, or a part of one: is it whole?'
+    if not start.startswith((b'pk', b'\x80')):
+        return 'it is neither a .pt of this project nor an official .pkl'
     if reason.startswith('Weights only load failed'):
         return 'it holds other objects than tensors; of a training with EDM, network-snapshot-*.pkl is the network'
     if reason.startswith('Error(s) in loading'):  # one line for each kind of fault, which lists all keys
@@ -696,7 +702,7 @@ def common_flags(script, description, presets, argv):
                    help=f'folder of the run, shared by all nodes (runs/{script}-DATASET)')
     p.add_argument('--kimg', type=positive(float), help='thousands of images to train on (%(default)s)')
     p.add_argument('--batch', type=positive(int), help='images per step, over all GPUs (%(default)s)')
-    p.add_argument('--batch-gpu', type=positive(int), help='most images on a GPU at a time (its share of --batch)')
+    p.add_argument('--batch-gpu', type=positive(int), help='largest number of images on a GPU at a time (%(default)s)')
     p.add_argument('--lr', type=positive(float), help='learning rate; in the methods, of the student (%(default)s)')
     p.add_argument('--seed', type=int, default=0, help='of all random numbers (%(default)s)')
     p.add_argument('--precision', choices=['bf16', 'fp32'], help='of the networks (bf16 on a GPU, fp32 on a CPU)')
@@ -704,13 +710,13 @@ def common_flags(script, description, presets, argv):
     p.add_argument('--snapshot-kimg', type=positive(float), help='between snapshots, with scores (%(default)s)')
     p.add_argument('--status-kimg', type=positive(float), help='between status lines (%(default)s)')
     if script != 'teacher':
-        def enough(text):
-            if 0 < int(text) < 10:
+        def images_per_score(text):
+            if int(text) and int(text) < 10:
                 raise argparse.ArgumentTypeError('expected at least 10, or 0 for no scores')
             return int(text)
         p.add_argument('--teacher', help='path or URL (the official EDM network; for shapes, trained here once)')
         p.add_argument('--sigma-init', type=positive(float), help='noise level of the one step (%(default)s)')
-        p.add_argument('--eval-images', type=enough, help='images per score; 0: no scores (%(default)s)')
+        p.add_argument('--eval-images', type=images_per_score, help='images per score; 0: no scores (%(default)s)')
         p.set_defaults(features='pixels' if dataset == 'shapes' else 'inception')
         p.add_argument('--features', choices=['inception', 'pixels'], help='of the score (%(default)s)')
     return p
@@ -898,7 +904,8 @@ def shapes_teacher(sigma=None):
     With a `sigma`, that of its twin of one noise level. What is not there yet is trained here, once.
     """
     args = parse_train_args(['--sigma', str(sigma)] if sigma else [])
-    path, shipped = f'{args.out}/teacher-{int(args.kimg):06d}.pt', Path(__file__).parent / 'assets' / 'teacher-shapes.pt'
+    path = f'{args.out}/teacher-{int(args.kimg):06d}.pt'
+    shipped = Path(__file__).parent / 'assets' / 'teacher-shapes.pt'
     if not os.path.exists(path) and shipped.is_file() and not sigma:
         return str(shipped)
     if not os.path.exists(path):

@@ -134,7 +134,8 @@ def inception_v3(path=None):
     try:
         net.load_state_dict(torch.load(path, map_location='cpu', weights_only=True), strict=True)
     except Exception as error:  # whatever a file that is not the weights can provoke; told in one line
-        raise ValueError(f'{path} is not pt_inception-2015-12-05-6726825d.pth: {str(error).splitlines()[0]}') from None
+        reason = ' '.join(str(error).split())[:200]
+        raise ValueError(f'{path} is not pt_inception-2015-12-05-6726825d.pth: {reason}') from None
     return fold(net)
 
 
@@ -281,7 +282,7 @@ def load_statistics(path, d, fingerprint=None):
     except Exception as error:  # whatever a damaged or foreign file can provoke
         if isinstance(error, (MemoryError, FileNotFoundError, PermissionError)):
             raise
-        raise ValueError(f'{path} is no .npz with mu and sigma: {error}') from None
+        raise ValueError(f'{path} is no .npz with mu and sigma') from None
     if fingerprint and found != fingerprint:
         raise ValueError(f'{path} was made from other data or features than {fingerprint}')
     if mu.shape != (d,) or sigma.shape != (d, d) or not np.isfinite(mu).all() or not np.isfinite(sigma).all():
@@ -302,7 +303,7 @@ class Ruler:
         if dataset is None and (ref is None or features == 'pixels'):
             raise ValueError('give the prepared data: without it, only FID against a --ref can be measured')
         if dataset is not None and len(dataset) < 10:
-            raise ValueError(f'{len(dataset)} images are too few to compare with; --eval-images 0: no scores')
+            raise ValueError(f'{len(dataset)} images are too few to compare with, expected at least 10')
         self.dataset, self.device = dataset, device
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.name = 'FID' if features == 'inception' else 'pixel-FD'
@@ -311,9 +312,13 @@ class Ruler:
             layout = torch.contiguous_format if device.type == 'cuda' else torch.channels_last  # faster on a CPU
             self.net = data.rank0_first(inception_v3, inception).to(device, memory_format=layout)
         self.d = 2048 if self.net else 3 * dataset.resolution ** 2
-        if ref and '://' in str(ref):
-            ref = data.rank0_first(data.download, ref, data.cache_path(ref))
-        self.mu, self.sigma = load_statistics(ref, self.d) if ref else self.reference(cache)
+        url, ref = ref, data.rank0_first(data.download, ref, data.cache_path(ref)) if '://' in str(ref) else ref
+        try:
+            self.mu, self.sigma = load_statistics(ref, self.d) if ref else self.reference(cache)
+        except ValueError as error:
+            if ref != url:  # fetched: do not keep what is no reference
+                ref.unlink(missing_ok=True)
+            raise ValueError(f'{error} (from {url}; removed from the cache)' if ref != url else error) from None
 
     def reference(self, cache):
         """(mu [d], sigma [d, d]) of the whole dataset, from the file `cache` if it has them."""
@@ -444,7 +449,7 @@ def main(argv=None):
     p = commands.add_parser('score', parents=[shared], help='score a network', allow_abbrev=False)
     p.add_argument('--net', required=True, help='path or URL of a teacher or a student')
     p.add_argument('--num', '--images', type=edm_nets.positive(int), default=50_000,
-                   help='number of images (%(default)s); with torchrun, use --images')
+                   help='number of images (%(default)s); torchrun takes --num for its own: give --images')
     p.add_argument('--seed', type=int, default=0, help='seed of the first image (%(default)s)')
     p.add_argument('--steps', type=edm_nets.positive(int), help='Heun steps (1 for a student, 18 for a teacher)')
     p.add_argument('--sigma-init', type=edm_nets.positive(float), help='noise level of the one step (as in the file)')
@@ -459,9 +464,15 @@ def main(argv=None):
         rank, _, device = edm_nets.setup()
         features = args.features or ('pixels' if args.dataset == 'shapes' else 'inception')
         folder = args.data or f'datasets/{args.dataset}'
-        optional = args.command == 'score' and args.ref and features == 'inception' and not os.path.exists(folder)
-        dataset = None if optional else data.rank0_first(data.open_dataset, args.dataset, args.data)
+        optional = args.command == 'score' and args.ref and features == 'inception' and not args.data
+        dataset = None
+        if os.path.exists(folder) or not optional:
+            dataset = data.rank0_first(data.open_dataset, args.dataset, args.data)
+        elif rank == 0:
+            print(f'There is no {folder}: precision and recall, which need it, are left out.', flush=True)
         if args.command == 'ref':
+            if os.path.exists(args.out):
+                raise FileExistsError(f'{args.out} exists already: remove it first, or name another file')
             Ruler(dataset, features, device, args.inception, cache=args.out)
             line = f'{args.out}: {features} statistics of {len(dataset)} images'
         else:
@@ -470,8 +481,9 @@ def main(argv=None):
             steps = args.steps or (18 if net.sigma_init is None else 1)
             if steps == 1 and net.sigma_init is None:
                 raise ValueError(f'{args.net} is a teacher, not a one-step student: give more --steps, or --sigma-init')
-            if dataset is not None and net.img_resolution != dataset.resolution:
-                raise ValueError(f'{args.net} makes {net.img_resolution} px, the data has {dataset.resolution} px')
+            if net.img_channels != 3 or dataset is not None and net.img_resolution != dataset.resolution:
+                raise ValueError(f'{args.net} makes images of {net.img_resolution} px and {net.img_channels} channels: '
+                                 'they do not fit the data, which is RGB')
             if args.num != 50_000 and rank == 0:
                 print(f'warning: scores of {args.num} images cannot be compared with those of 50,000', flush=True)
             ruler = Ruler(dataset, features, device, args.inception, args.ref)
@@ -482,8 +494,9 @@ def main(argv=None):
             line = '  '.join(f'{k} {v:.5g}' for k, v in scores.items())
             line += f'  seconds {time.perf_counter() - start:.5g}'
             if args.out and rank == 0:
+                scores['command'] = ' '.join(['python', *sys.argv])
                 with data.whole_file(args.out) as f:
-                    f.write((json.dumps(dict(scores, command='python ' + ' '.join(sys.argv)), indent=1) + '\n').encode())
+                    f.write((json.dumps(scores, indent=1) + '\n').encode())
         if rank == 0:
             print(line, flush=True)
         dist.destroy_process_group()

@@ -108,7 +108,7 @@ LAYOUTS = {  # what is on the disk, the labels, what is said
     'zip': (zipped({'x/a/0.png': GREY, 'x/b/1.png': GREY, 'x/dataset.json': INDEX, '__MACOSX/._x': b''}), [1, 0],
             'hidden files passed over: 1'),
     'hidden': ({'cat/1.png': GREY, 'cat/._1.png': b'', '.trash/2.png': GREY, '@eaDir/3.png': b'', 'dog/4.png': GREY,
-                'Thumbs.db': b''}, [0, 1], 'hidden files passed over: 3; files passed over that are no images: 1'),
+                'Thumbs.db': b''}, [0, 1], 'hidden files passed over: 3; other files passed over (.db): 1'),
     'empty class': ({'n00/1.png': GREY, 'n01/.x': b'', 'n02/2.png': GREY, 'n03/.x': b''}, [0, 2],
                     'class 1 = n01, 3 = n03'),
     'numbers': ({f'{i}/1.png': GREY for i in range(11)}, [0, 1, 10, *range(2, 10)], ' 9 = 9 (1), 10 = 10 (1)'),
@@ -147,7 +147,8 @@ FAULTY = {
     'oblong': {'a.png': png(pictures(1)[0][:5])}, '16 bits': {'a.png': png(np.zeros([8, 8], np.uint16))},
     **{f'image {content[:4]}': edm_zip(None, **{'x.png': content}) for content in (png(pictures(1, 9)[0]), b'no PNG')},
     **{f'label {label}': edm_zip([0, label, 1, 2]) for label in (-1, None, True, 0.5, 1 << 40)},
-    'labels: some': edm_zip([0, 1, 2, 3], **{'x.png': PICTURE}), 'labels: rows': {'x.npz': saved(np.savez, data=ROWS)},
+    'labels: some': edm_zip([0, 1, 2, 3], **{'x.png': PICTURE}),
+    'labels: rows': {'data.npz': saved(np.savez, data=ROWS)},
     'labels: folders': {'a/1.png': PICTURE, 'b/1.png': PICTURE, '2.png': PICTURE},
     'labels: nested': {'x/dataset.json': b'?', 'x/1.png': PICTURE, 'y/1.png': PICTURE},
     **{f'json {text[:12]}': edm_zip(None, **{'dataset.json': text})
@@ -156,7 +157,7 @@ FAULTY = {
        for method in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED)},
     'damaged xz': (x := tarball(mode='w:xz'))[:40] + bytes(20) + x[60:], 'cut tarball': tarball()[:3000],
     'class 77': tarball([0, 1, 77, 2, 3]), 'no data_batch_5': tarball(range(4)),
-    **{f'npz {name}': {'x.npz': saved(np.savez, data=rows, labels=labels), 'map_clsloc.txt': MAP}
+    **{f'npz {name}': {'data.npz': saved(np.savez, data=rows, labels=labels), 'map_clsloc.txt': MAP}
        for name, (rows, labels) in dict(
            floats=(ROWS / 255, ONES), short=(ROWS, ONES[:3]), long=(ROWS, [1] * 12), oblong=(ROWS[:, :100], ONES),
            half=(ROWS, ONES / 2), zero=(ROWS, 0 * ONES), one=(ROWS, 1), objects=(ROWS, ONES.astype(object))).items()}}
@@ -201,6 +202,21 @@ def test_batch_order_depends_on_seed_and_place_alone_and_an_epoch_shows_each_ima
     assert sorted(indices[:100]) == sorted(indices[100:200]) == list(range(100))
     assert not np.array_equal(indices[:100], indices[100:200]) and 0.3 < flips.mean() < 0.7
     assert not np.array_equal(data.batch_order(4, 0, 250, 100)[0], indices)
+
+
+def test_a_dataset_is_recognised_by_images_all_over_it():
+    dataset = data.Shapes(1000)
+    before, dataset.colour[495:505] = data.identity(dataset), (dataset.colour[495:505] + 1) % 6
+    assert data.identity(dataset) != before
+
+
+def test_linked_folders_are_followed(tmp_path):
+    (tmp_path / 'elsewhere').mkdir()
+    (tmp_path / 'elsewhere' / '1.png').write_bytes(PICTURE)
+    (tmp_path / 'source').mkdir()
+    for name in 'ab':
+        (tmp_path / 'source' / name).symlink_to(tmp_path / 'elsewhere')
+    assert '2 classes: 0 = a (1), 1 = b (1)' in prepare(tmp_path, {}).stdout
 
 
 def test_random_numbers_of_a_step_depend_on_each_argument():
@@ -310,7 +326,7 @@ def test_whole_file_leaves_nothing_behind_on_an_error(tmp_path, error, message):
 def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path, world):
     args = argparse.Namespace(out=str(tmp_path), kimg=1)
     data.start_log(args, {}, 'the plan')
-    with pytest.raises(BlockingIOError, match=f'^{tmp_path}/stats.jsonl is in use by another run .*torchrun.$'):
+    with pytest.raises(BlockingIOError, match=f'^another process uses {tmp_path}/stats.jsonl: wait .*torchrun.$'):
         data.lock(tmp_path / 'stats.jsonl')
     data.start_log(args, {}, 'the plan')  # the next run of the same process
     data.LOCKED.clear()  # as at the end of the process

@@ -135,6 +135,15 @@ def test_a_foreign_one_step_network_against_a_fetched_reference_without_data(tmp
     assert float(scores.split()[1]) == pytest.approx(float(expected), rel=1e-2) and 'precision' not in scores
     with pytest.raises(ValueError, match='give the prepared data'):
         fid.Ruler(None, 'inception', CPU)
+    (tmp_path / 'page.npz').write_text('<html>')
+    with pytest.raises(ValueError, match='no .npz with mu and sigma .from file:.*page.npz; removed from the cache.$'):
+        fid.Ruler(None, 'inception', CPU, ref=(tmp_path / 'page.npz').as_uri())
+    assert not list((tmp_path / 'cache').glob('*page.npz'))
+    for command, message in {line + ' --ref x --data typo': 'no images.npy in typo',
+                             f'ref --dataset shapes --out {tmp_path}/ref.npz': 'ref.npz exists already'}.items():
+        with pytest.raises(SystemExit):
+            fid.main(command.split())
+        assert message in capsys.readouterr().err
 
 
 def write_run(out, kimg, scores):

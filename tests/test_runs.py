@@ -257,7 +257,8 @@ def test_another_value_of_any_flag_is_refused_by_name(script, finished, command,
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_moved_inputs_are_accepted_and_others_at_the_same_place_refused(script, command, tmp_path):
     """And where the learning rate does not fall towards the end, the run may become longer."""
-    line = command(script, tmp_path / 'run', '--gan-weight 3e-3 --loss dmd' if script == 'disback' else '', 3)
+    more = '--gan-weight 3e-3 --loss dmd --eval-images 10' if script == 'disback' else ''
+    line, reference = command(script, tmp_path / 'run', more, 3), tmp_path / 'run' / 'reference-pixels.npz'
     succeed(*line)
     assert script != 'disback' or {'gan_loss', 'discriminator_loss'} < set(status_lines(tmp_path / 'run')[-1])
     shutil.copytree(command.folder / 'data3', tmp_path / 'data')
@@ -271,7 +272,12 @@ def test_moved_inputs_are_accepted_and_others_at_the_same_place_refused(script, 
         shutil.copy(command.folder / 'teacher0' / teacher.name, teacher)
         fail('another run (teacher: ', *moved)
     np.save(images, 255 - np.load(images))
+    before = reference.exists() and reference.read_bytes()
     fail('data: 64 images of 16 px, 3 classes, checksum', *moved)
+    assert script != 'disback' or reference.read_bytes() == before  # a run that is refused has changed nothing
+    for name in ('latest.pt', 'previous.pt'):
+        (tmp_path / 'run' / name).unlink()
+    fail('no whole checkpoint is left in', *moved)  # it does not start again over what is there
 
 
 @pytest.mark.parametrize('script, function, count, message', [
