@@ -372,7 +372,7 @@ def test_sample_draws_one_network_or_several(finished, command, tmp_path):
 BAD_INPUT = {
     'expected a number above 0': ['disback --lr nan'],
     'must not be negative': ['disback --nodes -1', 'teacher_free --warmup-kimg -1'],
-    'non-negative': ['disback --seed -1'], 'expected at least 10': ['disback --eval-images 9'],
+    'non-negative': ['disback --seed -1'], 'expected at least 10': ['disback --eval-images 9', 'disback --eval-images -5'],
     'is not finite': ['disback --student-sigma 0 1e99', 'disback --lr 1e30'],
     'it has no other score': ['disback --teacher {run}/student-000000.pt'],
     'no network at x.pt': ['disback --teacher x.pt', 'edm_nets.py sample --net x.pt',
@@ -388,6 +388,7 @@ BAD_INPUT = {
     'not found: it is at https://': ['distributional --backbones vgg --features-dir .'],
     '16 px cannot be halved 5 times': ['edm_nets --channel-mult 1 1 1 1 1 1'],
     'no images.npy in x': ['edm_nets --dataset ffhq64 --data x', 'fid.py score --net x --dataset x --data x'],
+    'needs labels, and the data has none': ['edm_nets --dataset cifar10 --data {folder}/data0'],
     'is no student': ['edm_nets.py sample --net {run}/path-00.pt --steps 1']}
 
 
