@@ -104,7 +104,7 @@ def test_image_folder_with_classes_crop_modes_transparency_and_a_turned_image(tm
 
 INDEX, GREY = json.dumps(dict(labels=[['a/0.png', 1], ['b/1.png', 0]])).encode(), png(np.zeros([8, 8], np.uint8))
 LAYOUTS = {  # what is on the disk, the labels, what is said
-    'all in one folder': ({'x/a/0.png': GREY, 'x/b/1.png': GREY, 'x/dataset.json': INDEX}, [1, 0], '0 (1), 1 (1)'),
+    'in two folders': ({'x/y/a/0.png': GREY, 'x/y/b/1.png': GREY, 'x/y/dataset.json': INDEX}, [1, 0], '0 (1), 1 (1)'),
     'zip': (zipped({'x/a/0.png': GREY, 'x/b/1.png': GREY, 'x/dataset.json': INDEX, '__MACOSX/._x': b''}), [1, 0],
             'hidden files passed over: 1'),
     'hidden': ({'cat/1.png': GREY, 'cat/._1.png': b'', '.trash/2.png': GREY, '@eaDir/3.png': b'', 'dog/4.png': GREY,
