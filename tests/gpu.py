@@ -13,7 +13,6 @@ Weights and images are random: they take as long as real ones. On a CPU, `--tiny
 import argparse
 import gc
 import importlib
-import json
 import sys
 import tempfile
 import time
@@ -206,7 +205,6 @@ def main(argv=None):
                 with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'):
                     s = seconds(lambda: edm_nets.one_step(net, z, None, 80))
                 add(calls, f'{name}, {precision}', {'images/s': f'{len(z) / s:.1f}'})
-            del net
         if 2 in args.part:
             inception = fid.fold(fid.InceptionV3()).to(
                 device, memory_format=torch.contiguous_format if cuda else torch.channels_last)
