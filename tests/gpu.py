@@ -141,7 +141,7 @@ def random_preset(folder, name, tiny):
     side, classes = (16, 0) if tiny else SIZES[name]
     args = edm_nets.parse_train_args(['--dataset', name, *SMALL['edm_nets'].split()[1:] * tiny])
     edm_nets.save(f'{folder}/{name}.pt', edm_nets.make_network(args, side, classes), name, 0)
-    Path(f'{folder}/{name}').mkdir()
+    Path(f'{folder}/{name}').mkdir(exist_ok=True)
     np.save(f'{folder}/{name}/images.npy', np.random.default_rng(0).integers(0, 256, [512, side, side, 3], np.uint8))
     if classes:
         np.save(f'{folder}/{name}/labels.npy', np.arange(512) * 2 % (classes - 1) + 1)
