@@ -4,10 +4,12 @@ import builtins
 import dis
 import importlib
 import inspect
+import json
 import os
 import re
 import runpy
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,6 +191,28 @@ def test_gan_losses_at_the_optimal_discriminator():
         logits.grad = None
         distributional.generator_loss([logits], form).backward()
         assert off(logits.grad, expected) < 1e-5
+
+
+@pytest.mark.parametrize('init, fresh', [('teacher', 0), ('single-level', 0), ('features', 4), ('random', 999)])
+def test_what_starts_at_random_has_a_rate_of_its_own(init, fresh):
+    net = edm_nets.make_network(edm_nets.parse_train_args(['--channels', '8']), 16, 4)
+    count, groups = len(list(net.parameters())), teacher_free.parameter_groups(net, init, 1e-4, 1e-3)
+    assert {group['lr']: len(group['params']) for group in groups} == {
+        rate: n for rate, n in {1e-4: count - min(fresh, count), 1e-3: min(fresh, count)}.items() if n}
+    if init == 'features':  # scale, bias of the last norm, weight, bias of the last layer
+        assert [p.shape[0] for p in groups[1]['params']] == [8, 8, 3, 3]
+    [group] = teacher_free.parameter_groups(net, init, 1e-4, None)
+    assert group['lr'] == group['full_lr'] == 1e-4 and len(group['params']) == count
+
+
+def test_the_shipped_teacher_stands_in_for_an_own_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = edm_nets.shapes_teacher()
+    net, scores = edm_nets.load(shipped), json.loads(Path(shipped).with_suffix('.json').read_text())
+    assert (net.img_resolution, net.label_dim, net.sigma_init) == (16, 4, None) and scores['images'] == 2000
+    Path('runs/teacher-shapes').mkdir(parents=True)
+    Path('runs/teacher-shapes/teacher-000130.pt').touch()
+    assert edm_nets.shapes_teacher() == 'runs/teacher-shapes/teacher-000130.pt'
 
 
 def test_r1_is_the_mean_square_gradient_of_the_sum_of_all_logits():
