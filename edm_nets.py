@@ -518,8 +518,6 @@ def explain(path, error):
     """Why `path` could not be loaded, in one line: what the file is instead, or what the error says."""
     with open(path, 'rb') as f:
         start, reason = f.read(100).lstrip().lower(), str(error).strip() or type(error).__name__
-    if not start:
-        return 'it is empty'
     for beginning, what in {
             b'version https://git-lfs': 'it is a pointer of git-lfs: fetch the file itself with `git lfs pull`',
             b'<': 'it is a web page: is the address right?', b'\x1f\x8b': 'it is compressed: gunzip it'}.items():
@@ -528,7 +526,7 @@ def explain(path, error):
     if start.startswith(b'pk') and ('record' in reason or not zipfile.is_zipfile(path)):
         return 'it is a zip file that torch.save has not written, or a part of one: is it whole?'
     if not start.startswith((b'pk', b'\x80')):
-        return 'it is neither a .pt of this project nor an official .pkl'
+        return 'it is neither a .pt of this project nor an official .pkl' if start else 'it is empty'
     if reason.startswith('Weights only load failed'):
         return 'it holds other objects than tensors; of a training with EDM, network-snapshot-*.pkl is the network'
     if reason.startswith('Error(s) in loading'):  # one line for each kind of fault, which lists all keys

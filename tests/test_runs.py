@@ -372,7 +372,8 @@ def test_sample_draws_one_network_or_several(finished, command, tmp_path):
 BAD_INPUT = {
     'expected a number above 0': ['disback --lr nan'],
     'must not be negative': ['disback --nodes -1', 'teacher_free --warmup-kimg -1'],
-    'non-negative': ['disback --seed -1'], 'expected at least 10': ['disback --eval-images 9', 'disback --eval-images -5'],
+    'non-negative': ['disback --seed -1'],
+    'expected at least 10': ['disback --eval-images 9', 'disback --eval-images -5'],
     'is not finite': ['disback --student-sigma 0 1e99', 'disback --lr 1e30'],
     'it has no other score': ['disback --teacher {run}/student-000000.pt'],
     'no network at x.pt': ['disback --teacher x.pt', 'edm_nets.py sample --net x.pt',
