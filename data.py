@@ -639,7 +639,7 @@ def prepare(source, dest, resolution=None, use_labels=True):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description='Prepare a dataset for the other scripts.', allow_abbrev=False)
     p = parser.add_subparsers(required=True).add_parser('prepare', help='make a prepared folder')
     p.add_argument('source', help='zip, folder, tarball, or the word cifar10 to fetch it')
     p.add_argument('dest', help='folder to make')

@@ -286,7 +286,7 @@ def load_statistics(path, d, fingerprint=None):
     if fingerprint and found != fingerprint:
         raise ValueError(f'{path} was made from other data or features than {fingerprint}')
     if mu.shape != (d,) or sigma.shape != (d, d) or not np.isfinite(mu).all() or not np.isfinite(sigma).all():
-        raise ValueError(f'{path} holds no finite mean and covariance of {d} features')
+        raise ValueError(f'{path} holds no finite mean and covariance of {d} features, but {mu.shape}, {sigma.shape}')
     return mu, sigma
 
 
@@ -328,7 +328,7 @@ class Ruler:
                 return load_statistics(cache, self.d, fingerprint)
             except ValueError as error:
                 if self.rank == 0:
-                    print(f'{error}; it is made anew', flush=True)
+                    print(f'{error}: measured again', flush=True)
         mu, sigma, _ = self.measure(self.dataset.images, len(self.dataset))[0].result()
         if cache and self.rank == 0:
             save_statistics(cache, mu, sigma, fingerprint=fingerprint)

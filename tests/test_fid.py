@@ -108,7 +108,7 @@ def test_references(tmp_path, capsys, monkeypatch):
     assert np.array_equal(fid.Ruler(datasets[1], 'pixels', CPU, ref=path).sigma, sigma)  # `ref` is used as it is
     for dataset, right in zip([*datasets, datasets[0]], (sigma, other, sigma)):  # `cache` must be of its dataset
         assert np.array_equal(fid.Ruler(dataset, 'pixels', CPU, cache=path).sigma, right)
-        assert capsys.readouterr().out.count('it is made anew\n') == 1
+        assert capsys.readouterr().out.count(': measured again\n') == 1
     monkeypatch.delattr(fid.Ruler, 'measure')
     assert np.array_equal(fid.Ruler(datasets[0], 'pixels', CPU, cache=path).sigma, sigma)  # nothing is measured
 
