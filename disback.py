@@ -40,7 +40,7 @@ import fid
 # Settings. Deviation: the settings of the paper's EDM experiments (its Appendix B) were not available to us. For real
 # data, batch, lr, sigma_init and EMA come from SiD; the distribution of sigma and the equal learning rates come from
 # Diff-Instruct; as in the paper's SDXL script, the recording takes 1 % of the run and each node as much. None of these
-# rows was run for more than a few steps. N = 4 is our choice, and so is the row `shapes`. batch_gpu fits 40 GB.
+# rows was run for more than a few steps. N = 4 is our choice, and so is the row `shapes`. batch_gpu is for 40 GB.
 
 REAL = dict(batch=512, batch_gpu=128, lr=1e-5, fake_lr=1e-5, fake_updates=1, sigma_init=2.5, student_sigma=(-1.2, 1.2),
             fake_sigma=(-1.2, 1.2), decay=0.0, degrade_kimg=500, node_kimg=500, ema_kimg=500, kimg=50_000,

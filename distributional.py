@@ -48,7 +48,7 @@ import fid
 # ----------------------------------------------------------------------------------------------------
 # Settings. The rows of real data are the authors' released commands (their tables could not be read); none was run for
 # more than a few steps. --freeze is on where the paper's best figure has it. --d-lr is the rate before StyleGAN2's
-# correction for lazy R1. batch_gpu fits 80 GB. The authors stopped at the snapshot with the lowest FID, after 5 to 9
+# correction for lazy R1. batch_gpu is for 80 GB. The authors stopped at the snapshot with the lowest FID, after 5 to 9
 # million images.
 # Deviation: they sum the loss over the images of a GPU and average R1. We average both. Adam sees the scale of the loss
 # by its eps of 1e-8 alone, so their gamma of 1e-4 on four GPUs is our 1e-4 / (batch / 4) = 4e-4 / batch.

@@ -43,7 +43,7 @@ import fid
 # and a first stage of 100 kimg come from SiD and SiDA; the ratio network learns at the student's rate, as in
 # Score-of-Mixture Training with a teacher (on shapes 1 and 5 times that ended at pixel-FD 3.7 and 11.3, one seed); the
 # distribution of sigma is Diff-Instruct's, a little wider for the ratio network. These rows were run for a few steps
-# only. The row `shapes` is our choice. batch_gpu fits 40 GB.
+# only. The row `shapes` is our choice. batch_gpu is for 40 GB.
 
 REAL = dict(batch=512, batch_gpu=64, lr=1e-5, ratio_lr=1e-5, ratio_updates=1, draws=1, sigma_init=2.5,
             student_sigma=(-1.2, 1.2), ratio_sigma=(-1.2, 1.4), decay=0.0, warmup_kimg=100, ema_kimg=500, kimg=50_000,
