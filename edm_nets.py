@@ -486,9 +486,9 @@ def load(path_or_url):
         if zipfile.is_zipfile(path):  # torch.save
             content = torch.load(path, map_location='cpu', weights_only=True)
             if not isinstance(content, dict) or 'net_kwargs' not in content:
-                raise ValueError(
-                    'it is a checkpoint: give teacher-*.pt or student-*.pt beside it' if 'config' in content else
-                    'it is a bare state dict: save the network with edm_nets.save')
+                raise ValueError('it is a checkpoint: give teacher-*.pt or student-*.pt beside it'
+                                 if isinstance(content, dict) and 'config' in content else
+                                 'it is not what edm_nets.save writes: a bare state dict?')
             kwargs, state, sigma_init = (content[key] for key in ('net_kwargs', 'net', 'sigma_init'))
         else:
             kwargs, state, sigma_init = *read_official_pickle(path), None
@@ -755,8 +755,8 @@ def update_ema(ema, net, nimg, batch, ema_kimg):
 
 P_mean, P_std = -1.2, 1.2  # ln sigma ~ N(P_mean, P_std^2), EDM Table 1
 
-# EDM Table 7 and the official train.py; the row `shapes` was chosen here. Deviation: EDM augments CIFAR-10, FFHQ and
-# AFHQv2 geometrically and tells the network; here images are only mirrored (xflip), and augment_dim is 0.
+# EDM Table 7 and the official train.py; batch_gpu is for 40 GB; the row `shapes` was chosen here. Deviation: EDM
+# augments CIFAR-10, FFHQ and AFHQv2 geometrically and tells the network; here images are only mirrored (xflip).
 SMALL = dict(model_type='SongUNet', channels=16, channel_mult=[1, 2, 2], blocks=1, attention=[4])
 DDPMPP = dict(model_type='SongUNet', channels=128, channel_mult=[2, 2, 2], blocks=4, attention=[16])
 DDPMPP64 = dict(DDPMPP, channel_mult=[1, 2, 2, 2])

@@ -424,8 +424,9 @@ def summarize(args, before=None):
         other = data.Shapes(args.eval_images, seed=1)  # the least that can be reached with so few images
         rows['data, other images'] = ruler.score(other.images, args.eval_images)
         known = Path(args.teacher).with_suffix('.json')  # of `fid.py score --out`; it lies beside the shipped teacher
-        rows['teacher, 18 steps'] = json.loads(known.read_text()) if known.is_file() else \
-            ruler.score(lambda i: edm_nets.generate(teacher, i, 18), args.eval_images)
+        known = known.is_file() and args.features == 'pixels' and json.loads(known.read_text())
+        rows['teacher, 18 steps'] = known or ruler.score(
+            lambda i: edm_nets.generate(teacher, i, 18), args.eval_images)
         for stats in read_stats(args.out):
             if 'images' in stats:
                 rows['student after' if stats['kimg'] else 'student before'] = stats

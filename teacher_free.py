@@ -18,7 +18,7 @@ classifier, told the noise level, learns the log density ratio whose gradient is
 
     python teacher_free.py                                              # shapes, minutes on a CPU, nothing downloaded
     python teacher_free.py --dataset cifar10                            # one GPU, starts from the official EDM weights
-    torchrun --nproc_per_node=8 teacher_free.py --dataset imagenet64   # eight GPUs
+    torchrun --nproc_per_node=8 teacher_free.py --dataset imagenet64    # eight GPUs
     python teacher_free.py --best-of 1 2 4 8                            # the ratio as a verifier of K candidates
 """
 

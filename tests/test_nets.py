@@ -362,7 +362,8 @@ def test_hostile_files_are_refused_in_one_line_and_run_nothing(tmp_path):
 @pytest.mark.parametrize('content, message', [
     (b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a', 'git lfs pull'),
     (b'\n<!DOCTYPE html><html>', 'a web page'), (gzip.compress(b'x' * 99), 'gunzip'),
-    (saved(NET.state_dict()), 'a bare state dict'), (saved(dict(nimg=0, config={}, net={})), 'teacher-*.pt'),
+    (saved(NET.state_dict()), 'a bare state dict'), (saved(3), 'not what edm_nets.save writes'),
+    (saved(dict(nimg=0, config={}, net={})), 'teacher-*.pt'),
     (saved(dict(net=Call(print), optimizer_state={})), 'network-snapshot-*.pkl'),
     (own_file(model_channels=16), 'size mismatch for model.'), (own_file(label_dim=5), 'mismatch for model.map_label'),
     (own_file(dict(list(NET.state_dict().items())[2:])), 'Missing key(s) in state_dict: "model.')])
