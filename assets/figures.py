@@ -2,9 +2,13 @@
 
     python assets/figures.py table RUN_FOLDERS                                       # last scores
     python assets/figures.py plot RUN_FOLDERS --columns pixel-FD --out curves.png    # scores against images
+    python assets/figures.py keep RUN_FOLDERS                                        # add them to assets/trials.json
+
+The scores of the runs in the README are kept in assets/trials.json: a folder that is not there is looked up by its name.
 """
 
 import argparse
+import fnmatch
 import itertools
 import json
 import re
@@ -19,40 +23,81 @@ import data  # noqa: E402
 import fid  # noqa: E402
 
 COLUMNS = [*fid.SCORES, 'kimg', 'seconds', 'trained']
+TRIALS = Path(__file__).resolve().parent / 'trials.json'
 COLORS = ['#1f77b4', '#d62728', '#2ca02c', '#9467bd', '#ff7f0e', '#17becf', '#8c564b', '#7f7f7f']
 WIDTH, HEIGHT, SCALE = 720, 250, 2  # a panel is drawn at twice its size and shrunk, which smooths the lines
 LEFT, RIGHT, TOP, BOTTOM = 60, 170, 24, 24  # margins
 
 
+def read_run(out):
+    """{config: dict, lines: list of dicts} of the run folder `out`. Raises OSError, ValueError."""
+    config = json.loads(Path(out, 'config.json').read_text())
+    kept = {k: config[k] for k in ('command', 'kimg', 'trained_parameters')}
+    return dict(config=kept, lines=fid.read_stats(out))
+
+
 def by_name(runs):
-    """Run folders -> {name without seed: [folder, ...]}."""
-    groups = {}
+    """Run folders, or patterns of names in assets/trials.json -> {name without seed: [run as of `read_run`, ...]}.
+
+    Raises OSError; ValueError where neither a folder nor a kept run has the name.
+    """
+    groups, kept = {}, json.loads(TRIALS.read_text()) if TRIALS.exists() else {}
     for out in runs:
-        groups.setdefault(re.sub(r'-seed\d+', '', Path(out).resolve().name), []).append(out)
+        name = Path(out).resolve().name
+        found = {name: read_run(out)} if Path(out).is_dir() else {
+            k: run for k, run in kept.items() if fnmatch.fnmatch(k, name)}
+        if not found:
+            raise ValueError(f'{out} is no run folder, and {TRIALS.name} has no run {name}')
+        for key, run in found.items():
+            groups.setdefault(re.sub(r'-seed\d+', '', key), []).append(run)
     return groups
 
 
-def table(runs):
+def keep(runs):
+    """Add runs to assets/trials.json: of each the command, and of each line with scores the numbers to five digits."""
+    kept = json.loads(TRIALS.read_text()) if TRIALS.exists() else {}
+    for out in runs:
+        run, seconds, lines = read_run(out), 0, []
+        for line in run['lines']:
+            seconds += line['seconds']
+            if 'images' in line:
+                lines.append({k: float(f'{v:.5g}') for k, v in dict(line, seconds=seconds).items()})
+                seconds = 0
+        kept[Path(out).resolve().name] = dict(run, lines=lines)
+    rows = [f'{json.dumps(name)}: {json.dumps(run)}' for name, run in sorted(kept.items())]
+    with data.whole_file(TRIALS) as f:
+        f.write(('{' + ',\n'.join(rows) + '}\n').encode())
+
+
+def spread(values):
+    """Text: the mean and, after ±, the sample standard deviation."""
+    return f'{np.mean(values):.4g}' + (f' ±{np.std(values, ddof=1):.2g}' if len(values) > 1 and np.ptp(values) else '')
+
+
+def table(runs, reach=()):
     """{name: {column: text}}, means over the seeds and, after ±, sample standard deviations.
 
     Columns: the last scores, kimg, seconds of training without scoring, millions of trained parameters. Runs that did
-    not reach their --kimg are left out, and the name says so. Raises OSError, ValueError.
+    not reach their --kimg are left out, and the name says so. For each of `reach` a column `kimg to VALUE`: when the
+    pixel-FD was at most this for the first time, with the number of runs where that was so, if not in all. Raises
+    OSError, ValueError.
     """
     rows = {}
-    for name, folders in by_name(runs).items():
-        ends = []
-        for out in folders:
-            lines, config = fid.read_stats(out), json.loads(Path(out, 'config.json').read_text())
-            scores = [line for line in lines if 'images' in line]
-            if scores and lines[-1]['kimg'] >= config['kimg']:
-                ends.append(dict(scores[-1], seconds=sum(line['seconds'] for line in lines),
-                                 trained=config['trained_parameters'] / 1e6))
-        row = rows[name if len(ends) == len(folders) else f'{name} ({len(ends)} of {len(folders)} runs)'] = {}
+    for name, group in by_name(runs).items():
+        scored = [[line for line in run['lines'] if 'images' in line] for run in group]
+        ends = [dict(scores[-1], seconds=sum(line['seconds'] for line in run['lines']),
+                     trained=run['config']['trained_parameters'] / 1e6)
+                for scores, run in zip(scored, group) if scores and scores[-1]['kimg'] >= run['config']['kimg']]
+        row = rows[name if len(ends) == len(group) else f'{name} ({len(ends)} of {len(group)} runs)'] = {}
         for column in COLUMNS:
             values = [end[column] for end in ends if column in end]
             if values:
-                spread = f' ±{np.std(values, ddof=1):.2g}' if len(values) > 1 and np.ptp(values) else ''
-                row[column] = f'{np.mean(values):.4g}{spread}'
+                row[column] = spread(values)
+        for value in reach:
+            firsts = [[line['kimg'] for line in scores if line['pixel-FD'] <= value][:1] for scores in scored]
+            firsts = sum(firsts, [])
+            few = f' ({len(firsts)} of {len(scored)})' if len(firsts) < len(scored) else ''
+            row[f'kimg to {value:g}'] = (spread(firsts) if firsts else 'never') + few * bool(firsts)
     return rows
 
 
@@ -104,8 +149,8 @@ def plot(runs, columns, out):
     canvas = Image.new('RGB', (WIDTH * SCALE, HEIGHT * SCALE * len(columns)), 'white')
     for panel, column in enumerate(columns):
         curves = {}
-        for name, folders in groups.items():
-            found = [{x['kimg']: x[column] for x in fid.read_stats(folder) if column in x} for folder in folders]
+        for name, group in groups.items():
+            found = [{x['kimg']: x[column] for x in run['lines'] if column in x} for run in group]
             if any(found):
                 curves[name] = [list(points.items()) for points in found if points]
         if not curves:
@@ -116,15 +161,20 @@ def plot(runs, columns, out):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    p.add_argument('command', choices=['table', 'plot'])
+    p.add_argument('command', choices=['table', 'plot', 'keep'])
     p.add_argument('runs', nargs='+', help='run folders')
     p.add_argument('--columns', nargs='+', help='of stats.jsonl (default: all scores in a table, pixel-FD in a plot)')
+    p.add_argument('--reach', type=float, nargs='+', default=[], metavar='PIXEL_FD',
+                   help='in a table: thousands of student images until the pixel-FD was at most this')
     p.add_argument('--out', default='curves.png', help='PNG file of the plot (%(default)s)')
     args = p.parse_args(argv)
     with data.clear_errors(f'figures.py {args.command}'):
         if args.command == 'plot':
             return plot(args.runs, args.columns or ['pixel-FD'], args.out)
-        fid.report(table(args.runs), columns=args.columns or COLUMNS)
+        if args.command == 'keep':
+            return keep(args.runs)
+        fid.report(table(args.runs, args.reach),
+                   columns=[*(args.columns or COLUMNS), *(f'kimg to {value:g}' for value in args.reach)])
 
 
 if __name__ == '__main__':

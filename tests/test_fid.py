@@ -149,7 +149,7 @@ def test_a_foreign_one_step_network_against_a_fetched_reference_without_data(tmp
 def write_run(out, kimg, scores):
     """A run folder of a run of so many kimg, with a status line per score, at 0, 1, 2, ... kimg."""
     out.mkdir()
-    (out / 'config.json').write_text(json.dumps(dict(kimg=kimg, trained_parameters=500_000)))
+    (out / 'config.json').write_text(json.dumps(dict(kimg=kimg, command=['x.py'], trained_parameters=500_000)))
     lines = [dict(kimg=k, seconds=1.5, mismatch=k - s, images=40, **{'pixel-FD': s}) for k, s in enumerate(scores)]
     (out / 'stats.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     return str(out)
@@ -188,3 +188,24 @@ def test_figures(tmp_path, capsys):
     with pytest.raises(SystemExit):
         figures.main(['plot', *runs, '--columns', 'loss', '--out', f'{tmp_path}/none.png'])
     assert 'figures.py plot: no run has loss' in capsys.readouterr().err
+
+
+def test_kept_runs_stand_for_folders(tmp_path, capsys, monkeypatch):
+    """What `keep` wrote gives the same table as the folders, also by a pattern; --reach finds the first such score."""
+    spec = importlib.util.spec_from_file_location('figures', ROOT / 'assets' / 'figures.py')
+    spec.loader.exec_module(figures := importlib.util.module_from_spec(spec))
+    monkeypatch.setattr(figures, 'TRIALS', tmp_path / 'trials.json')
+    runs = [write_run(tmp_path / f'a-seed{i}', 2, scores) for i, scores in enumerate(([8, 6, 3], [8, 5, 9]))]
+    tables = []
+    for names in (runs[:1], runs[1:]):
+        figures.main(['keep', *names])
+    for names in (runs, [f'{tmp_path}/gone/a-seed?']):
+        figures.main(['table', *names, '--columns', 'pixel-FD', '--reach', '5', '4', '1'])
+        tables.append(capsys.readouterr().out)
+    assert [re.split('  +', line) for line in tables[0].splitlines()] == [
+        ['', 'pixel-FD', 'kimg to 5', 'kimg to 4', 'kimg to 1'],
+        ['a', '6 ±4.2', '1.5 ±0.71', '2 (1 of 2)', 'never']]
+    assert tables[0] == tables[1]
+    with pytest.raises(SystemExit):
+        figures.main(['table', f'{tmp_path}/c-seed0'])
+    assert 'c-seed0 is no run folder' in capsys.readouterr().err
