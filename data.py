@@ -215,7 +215,8 @@ def load_checkpoint(args, parts, may_change=frozenset(), **fingerprints):
     if path[0] is None:
         return config, {}
     state = torch.load(path[0], map_location='cpu', weights_only=True, mmap=True)
-    changed = [f'{k}: {old} -> {config[k]}' for k, old in state['config'].items() if config.get(k, old) != old]
+    changed = [f'{k} was {old} and is now {config[k]}' for k, old in state['config'].items()
+               if config.get(k, old) != old]
     if changed := changed + [f'no {name} there' for name in parts if name not in state]:
         raise ValueError(f'{args.out} holds another run ({", ".join(changed)}): give another --out')
     for name, part in parts.items():

@@ -40,7 +40,8 @@ import fid
 # Settings. Deviation: the settings of the paper's EDM experiments (its Appendix B) were not available to us. For real
 # data, batch, lr, sigma_init and EMA come from SiD; the distribution of sigma and the equal learning rates come from
 # Diff-Instruct; as in the paper's SDXL script, the recording takes 1 % of the run and each node as much. None of these
-# rows was run for more than a few steps. N = 4 is our choice, and so is the row `shapes`. batch_gpu is for 40 GB.
+# rows was run for more than a few steps. N = 4 is our choice, and so is the row `shapes`. batch_gpu is an estimate of
+# what fits into 40 GB.
 
 REAL = dict(batch=512, batch_gpu=128, lr=1e-5, fake_lr=1e-5, fake_updates=1, sigma_init=2.5, student_sigma=(-1.2, 1.2),
             fake_sigma=(-1.2, 1.2), decay=0.0, degrade_kimg=500, node_kimg=500, ema_kimg=500, kimg=50_000,
@@ -56,29 +57,37 @@ PRESETS = {  # student_sigma, fake_sigma: mean and standard deviation of ln sigm
                        ema_kimg=2000, kimg=200_000, snapshot_kimg=4000, status_kimg=50),
 }
 sigma_data = 0.5
-# Deviation: the released scripts enable a GAN term. Here it is off, because Alg. 2 has none. DMD2, where it is from,
-# draws noise levels for it alone, uniform on a grid; here it has those of the distillation.
+# Deviation: the released scripts enable a GAN loss. Here it is off, because Alg. 2 has none. DMD2, from which it comes,
+# draws its noise levels separately and uniformly from a grid; here it shares those of the distillation.
 DISCRIMINATOR_WEIGHT = 1e-2  # weight of the discriminator's loss, as in DMD2 for ImageNet-64
 
 
 def parse_args(argv=None):
     positive, pair = edm_nets.positive, dict(type=float, nargs=2, metavar=('MEAN', 'STD'))
-    p = edm_nets.common_flags('disback', __doc__, PRESETS, argv)
-    p.add_argument('--fake-lr', type=positive(float), help='learning rate of the fake score (%(default)s)')
-    p.add_argument('--fake-updates', type=positive(int), help='steps of the fake score per student step (%(default)s)')
-    p.add_argument('--student-sigma', **pair, help="mean and deviation of ln sigma, student's loss %(default)s")
-    p.add_argument('--fake-sigma', **pair, help="mean and deviation of ln sigma, fake score's loss %(default)s")
-    p.add_argument('--score-precision', choices=['fp16', 'fp32'], default='fp16', help='of the two scores, with '
-                   '--precision bf16; take fp32 if fp16 overflows (%(default)s)')
-    p.add_argument('--loss', choices=['di', 'dmd'], default='di', help='of Diff-Instruct or of DMD (%(default)s)')
-    p.add_argument('--nodes', type=int, default=4, help='nodes after the teacher; 0: no path (%(default)s)')
-    p.add_argument('--degrade-kimg', type=positive(float), help='thousands of images of stage 1 (%(default)s)')
-    p.add_argument('--node-kimg', type=positive(float), help='thousands of student images per node (%(default)s)')
-    p.add_argument('--gan-weight', type=float, default=0,
-                   help="weight of a GAN term; DMD2's is 3e-3, with --loss dmd (%(default)s)")
-    args = p.parse_args(argv)
+    parser, p, _ = edm_nets.common_flags('disback', __doc__, PRESETS, argv)
+    p.add_argument('--nodes', type=int, default=4, help='targets on the path, beside the teacher itself; 0: no '
+                   'path, plain score distillation (%(default)s)')
+    p.add_argument('--degrade-kimg', type=positive(float), metavar='KIMG',
+                   help='thousands of images on which the teacher is degraded, in stage 1 (%(default)s)')
+    p.add_argument('--node-kimg', type=positive(float), metavar='KIMG',
+                   help='thousands of student images before the next node becomes the target (%(default)s)')
+    p.add_argument('--fake-lr', type=positive(float), metavar='LR',
+                   help='learning rate of the fake score (%(default)s)')
+    p.add_argument('--fake-updates', type=positive(int), metavar='N',
+                   help='steps of the fake score per step of the student (%(default)s)')
+    p.add_argument('--student-sigma', **pair,
+                   help="mean and standard deviation of ln sigma in the student's loss %(default)s")
+    p.add_argument('--fake-sigma', **pair,
+                   help="mean and standard deviation of ln sigma in the fake score's loss %(default)s")
+    p.add_argument('--loss', choices=['di', 'dmd'], default='di',
+                   help="weight of the score difference: Diff-Instruct's or DMD's (%(default)s)")
+    p.add_argument('--score-precision', choices=['fp16', 'fp32'], default='fp16', help='number format of the two '
+                   'scores with --precision bf16; take fp32 if fp16 overflows (%(default)s)')
+    p.add_argument('--gan-weight', type=float, default=0, metavar='W',
+                   help="weight of a GAN loss beside the scores; DMD2 has 3e-3, with --loss dmd (%(default)s)")
+    args = parser.parse_args(argv)
     if args.nodes < 0 or args.gan_weight < 0:
-        p.error('--nodes and --gan-weight must not be negative')
+        parser.error('--nodes and --gan-weight must not be negative')
     return args
 
 # ----------------------------------------------------------------------------------------------------
@@ -202,7 +211,7 @@ def train(args):
     # the copy that is degraded. The target starts as the teacher; along the path its weights are swapped in place.
     target = edm_nets.open_teacher(args.teacher, dataset).to(device, memory_format=torch.channels_last)
     if target.sigma_init is not None:
-        raise ValueError(f'{args.teacher} is a network for sigma {target.sigma_init:g} alone, it has no other score')
+        raise ValueError(f'{args.teacher} knows noise level {target.sigma_init:g} alone: give a teacher of all levels')
     student, ema, fake_score = (copy.deepcopy(target) for _ in range(3))
     student.sigma_init = ema.sigma_init = args.sigma_init
     student.requires_grad_(True)
@@ -234,11 +243,11 @@ def train(args):
         a, b = (sum(p.numel() for p in group) for group in (student.parameters(), fake_parameters))
         data.start_log(args, state, f'[1/3] teacher of {a / 1e6:.2f} M parameters: {args.teacher}\n'
                        f'[2/3] path of {args.nodes} nodes, {degraded / 1000:g} to {steps * args.batch / 1000:g} kimg: '
-                       f'degradation_loss should fall (0 nodes: no path); nodes are kept as {args.out}/path-*.pt\n'
-                       f'[3/3] student, {nimg / 1000:g} to {args.kimg:g} kimg: mismatch and the score should fall; '
-                       f'samples are drawn to {args.out}/grid-*.png', trained_parameters=a + b)
+                       f'degradation_loss should fall (with 0 nodes nothing is done here)\n'
+                       f'[3/3] student, {nimg / 1000:g} to {args.kimg:g} kimg: mismatch should fall at node 0, the '
+                       f'teacher; pictures of samples: {args.out}/grid-*.png', trained_parameters=a + b)
         if (args.nodes - 1) * args.node_kimg >= args.kimg:
-            print('warning: the run ends before the teacher becomes the target: lower --nodes or --node-kimg')
+            print('warning: this run ends before the teacher becomes the target: lower --nodes or --node-kimg')
     ruler = args.eval_images and fid.Ruler(
         dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
     classes, means = max(student.label_dim, 1), data.Means(degraded)  # an unconditional network ignores its one label

@@ -48,8 +48,8 @@ import fid
 # ----------------------------------------------------------------------------------------------------
 # Settings. The rows of real data are the authors' released commands (their tables could not be read); none was run for
 # more than a few steps. --freeze is on where the paper's best figure has it. --d-lr is the rate before StyleGAN2's
-# correction for lazy R1. batch_gpu is for 80 GB. The authors stopped at the snapshot with the lowest FID, after 5 to 9
-# million images.
+# correction for lazy R1. batch_gpu is an estimate of what fits into 80 GB. The authors stopped at the snapshot with the
+# lowest FID, after 5 to 9 million images.
 # Deviation: they sum the loss over the images of a GPU and average R1. We average both. Adam sees the scale of the loss
 # by its eps of 1e-8 alone, so their gamma of 1e-4 on four GPUs is our 1e-4 / (batch / 4) = 4e-4 / batch.
 #
@@ -75,26 +75,32 @@ UNETS = ['unet', 'energy']  # discriminators on the diffusion model's own U-Net
 
 def parse_args(argv=None):
     positive = edm_nets.positive
-    p = edm_nets.common_flags('distributional', __doc__, PRESETS, argv)
-    p.add_argument('--d-lr', type=positive(float), help='learning rate of the discriminator (%(default)s)')
-    p.add_argument('--loss', choices=['ns', 'linear'], default='ns', help='of the student (%(default)s)')
+    parser, p, evaluation = edm_nets.common_flags('distributional', __doc__, PRESETS, argv)
     p.add_argument('--freeze', type=int, choices=[0, 1],
-                   help='1: GDD-I, most convolutions stay as they are; 0: GDD (%(default)s)')
+                   help='1: most convolutions of the student stay as they are (GDD-I); 0: none (GDD) (%(default)s)')
     p.add_argument('--backbones', nargs='+', choices=[*UNETS, *FEATURES],
-                   help='what the discriminator looks through (%(default)s)')
-    p.add_argument('--features-dir', metavar='PATH', help='folder with weights of feature networks (they are fetched)')
-    p.add_argument('--r1-gamma', type=float, help='weight of R1; 0: none (4e-4 / batch; 1 if all backbones are U-Nets)')
-    p.add_argument('--r1-interval', type=positive(int), default=16, help='steps from one R1 to the next (%(default)s)')
+                   help='networks whose features the discriminator judges %(default)s')
+    p.add_argument('--features-dir', metavar='FOLDER',
+                   help='folder with the weights of these networks (they are fetched)')
+    p.add_argument('--loss', choices=['ns', 'linear'], default='ns',
+                   help="the student's GAN loss, non-saturating or linear (%(default)s)")
+    p.add_argument('--d-lr', type=positive(float), metavar='LR',
+                   help='learning rate of the discriminator (%(default)s)')
+    p.add_argument('--r1-gamma', type=float, metavar='GAMMA', help='weight of the gradient penalty R1; 0: none '
+                   '(1 if all backbones are U-Nets, else 4e-4 / batch)')
+    p.add_argument('--r1-interval', type=positive(int), default=16, metavar='STEPS',
+                   help='steps from one R1 penalty to the next (%(default)s)')
     p.add_argument('--noise', type=float, nargs=2, metavar=('MEAN', 'STD'), default=(0.0, 1.6),
-                   help='mean and deviation of ln sigma, for U-Nets %(default)s')
-    p.add_argument('--teacher-student-fd', type=int, nargs='+', metavar='STEPS', default=[],
-                   help='once trained, Fréchet distances of student, data and the teacher in so many Heun steps')
-    p.add_argument('--activations', action='store_true', help='once trained, tell which layer works at which sigma')
-    args = p.parse_args(argv)
+                   help='mean and standard deviation of ln sigma of the noise that U-Net backbones see %(default)s')
+    evaluation.add_argument('--teacher-student-fd', type=int, nargs='+', metavar='STEPS', default=[],
+                            help='after training, compare the student with the teacher, sampled in so many Heun steps')
+    evaluation.add_argument('--activations', action='store_true',
+                            help='after training, tell which layer is active at which noise level')
+    args = parser.parse_args(argv)
     if args.r1_gamma is None:
         args.r1_gamma = 1.0 if set(args.backbones) <= set(UNETS) else 4e-4 / args.batch
     if args.r1_gamma < 0 or args.teacher_student_fd and (min(args.teacher_student_fd) < 2 or not args.eval_images):
-        p.error('--r1-gamma must not be negative; --teacher-student-fd must be at least 2 and needs --eval-images')
+        parser.error('--r1-gamma must not be negative; --teacher-student-fd must be at least 2 and needs --eval-images')
     return args
 
 # ----------------------------------------------------------------------------------------------------
@@ -402,7 +408,7 @@ def train(args):
         data.start_log(args, state, f'[1/2] teacher of {b / 1e6:.2f} M parameters: {args.teacher}\n'
                        f'[2/2] student ({1 - a / b:.2%} frozen) against a discriminator of {c / 1e6:.2f} M on '
                        f'{" + ".join(args.backbones)}, {nimg / 1000:g} to {args.kimg:g} kimg: the score should fall; '
-                       f'samples are drawn to {args.out}/grid-*.png', trained_parameters=a + c)
+                       f'pictures of samples: {args.out}/grid-*.png', trained_parameters=a + c)
     ruler = args.eval_images and fid.Ruler(
         dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
     shape = [args.batch, student.img_channels, student.img_resolution, student.img_resolution]  # of the global batch

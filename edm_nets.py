@@ -689,35 +689,53 @@ def positive(kind):
 
 
 def common_flags(script, description, presets, argv):
-    """An argparse parser with the flags of every script that trains; defaults are the dataset's row of `presets`."""
-    p = argparse.ArgumentParser(description=description.splitlines()[0], add_help=False, allow_abbrev=False)
-    p.add_argument('--dataset', choices=presets, default='shapes', help='row of PRESETS (%(default)s)')
-    dataset = p.parse_known_args(argv)[0].dataset
-    p.set_defaults(**presets[dataset])
-    p.add_argument('-h', '--help', action='help')
-    p.add_argument('--data', help='prepared folder (datasets/DATASET)')
-    p.add_argument('--out', default=f'runs/{script}-{dataset}',
-                   help=f'folder of the run, shared by all nodes (runs/{script}-DATASET)')
-    p.add_argument('--kimg', type=positive(float), help='thousands of images to train on (%(default)s)')
-    p.add_argument('--batch', type=positive(int), help='images per step, over all GPUs (%(default)s)')
-    p.add_argument('--batch-gpu', type=positive(int), help='largest number of images on a GPU at a time (%(default)s)')
-    p.add_argument('--lr', type=positive(float), help='learning rate; in the methods, of the student (%(default)s)')
-    p.add_argument('--seed', type=int, default=0, help='of all random numbers (%(default)s)')
-    p.add_argument('--precision', choices=['bf16', 'fp32'], help='of the networks (bf16 on a GPU, fp32 on a CPU)')
-    p.add_argument('--compile', action='store_true', help='torch.compile the networks')
-    p.add_argument('--snapshot-kimg', type=positive(float), help='between snapshots, with scores (%(default)s)')
-    p.add_argument('--status-kimg', type=positive(float), help='between status lines (%(default)s)')
+    """An argparse parser with the flags of every script that trains; defaults are the dataset's row of `presets`.
+
+    Returns (parser, method, evaluation): the two groups to which a script adds its own flags.
+    """
+    def images_per_score(text):
+        if int(text) and int(text) < 10:
+            raise argparse.ArgumentTypeError('expected at least 10, or 0 for no scores')
+        return int(text)
+
+    parser = argparse.ArgumentParser(description=description.splitlines()[0], add_help=False, allow_abbrev=False)
+    p = parser.add_argument_group('data and output')
+    p.add_argument('--dataset', choices=presets, default='shapes',
+                   help='the dataset, which also chooses the defaults of the other flags (%(default)s)')
+    dataset = parser.parse_known_args(argv)[0].dataset
+    parser.set_defaults(**presets[dataset])
+    p.add_argument('-h', '--help', action='help', help='show these flags, with the defaults for --dataset')
+    p.add_argument('--data', metavar='FOLDER', help='the prepared dataset (datasets/DATASET)')
+    p.add_argument('--out', metavar='FOLDER', default=f'runs/{script}-{dataset}',
+                   help=f'where all files of the run go; the same command continues the run (runs/{script}-DATASET)')
+    p.add_argument('--snapshot-kimg', type=positive(float), metavar='KIMG', help='thousands of images between two '
+                   'snapshots: network, picture of samples, scores and checkpoint (%(default)s)')
+    p.add_argument('--status-kimg', type=positive(float), metavar='KIMG',
+                   help='thousands of images between two status lines (%(default)s)')
     if script != 'teacher':
-        def images_per_score(text):
-            if int(text) and int(text) < 10:
-                raise argparse.ArgumentTypeError('expected at least 10, or 0 for no scores')
-            return int(text)
-        p.add_argument('--teacher', help='path or URL (the official EDM network; for shapes, trained here once)')
-        p.add_argument('--sigma-init', type=positive(float), help='noise level of the one step (%(default)s)')
-        p.add_argument('--eval-images', type=images_per_score, help='images per score; 0: no scores (%(default)s)')
-        p.set_defaults(features='pixels' if dataset == 'shapes' else 'inception')
-        p.add_argument('--features', choices=['inception', 'pixels'], help='of the score (%(default)s)')
-    return p
+        p.add_argument('--teacher', metavar='FILE', help='path or URL of the diffusion model to start from (the '
+                       'official EDM network of the dataset; for shapes, assets/teacher-shapes.pt)')
+    p = parser.add_argument_group('optimisation')
+    p.add_argument('--kimg', type=positive(float), help='length of the training, in thousands of images (%(default)s)')
+    p.add_argument('--batch', type=positive(int), metavar='IMAGES', help='images per step, over all GPUs (%(default)s)')
+    p.add_argument('--batch-gpu', type=positive(int), metavar='IMAGES', help='images that a GPU works on at a time; '
+                   f'fewer need less memory, same result ({presets[dataset].get("batch_gpu", "all of its share")})')
+    p.add_argument('--lr', type=positive(float),
+                   help=f'learning rate{" of the student" * (script != "teacher")} (%(default)s)')
+    p.add_argument('--seed', type=int, default=0, help='seed of all random numbers (%(default)s)')
+    p.add_argument('--precision', choices=['bf16', 'fp32'],
+                   help='number format in which the networks compute (bf16 on a GPU, fp32 on a CPU)')
+    p.add_argument('--compile', action='store_true', help='compile the networks with torch.compile')
+    method, evaluation = (parser.add_argument_group(title) for title in ('method', 'evaluation'))
+    if script != 'teacher':
+        method.add_argument('--sigma-init', type=positive(float), metavar='SIGMA',
+                            help='noise level of the latents from which the student makes images (%(default)s)')
+        evaluation.add_argument('--eval-images', type=images_per_score, metavar='IMAGES',
+                                help='images generated for each score during training; 0: no scores (%(default)s)')
+        parser.set_defaults(features='pixels' if dataset == 'shapes' else 'inception')
+        evaluation.add_argument('--features', choices=['inception', 'pixels'],
+                                help='what scores compare: Inception features (FID) or raw pixels (%(default)s)')
+    return parser, method, evaluation
 
 # ----------------------------------------------------------------------------------------------------
 # Small helpers, the same text in every script.
@@ -784,21 +802,26 @@ def denoising_loss(net, x_0, sigma, eps, class_labels=None):
 
 
 def parse_train_args(argv):
-    p = common_flags('teacher', train.__doc__, PRESETS, argv)
-    p.prog += ' train'
-    p.add_argument('--rampup-kimg', type=float, help='over which the rate rises from zero (%(default)s)')
-    p.add_argument('--decay', type=float, help='last part of the run, over which the rate falls to zero (%(default)s)')
-    p.add_argument('--dropout', type=float, help='probability (%(default)s)')
-    p.add_argument('--cond', type=int, choices=[0, 1], help='1: tell the network the class (%(default)s)')
-    p.add_argument('--channels', type=positive(int), help='base width, a multiple of 4 (%(default)s)')
-    p.add_argument('--channel-mult', type=positive(int), nargs='+', help='width per level (%(default)s)')
-    p.add_argument('--blocks', type=positive(int), help='blocks per level (%(default)s)')
-    p.add_argument('--attention', type=int, nargs='*', help='resolutions with self-attention (%(default)s)')
-    p.add_argument('--sigma', type=positive(float), help='the one noise level to train at, for --init single-level')
-    p.set_defaults(out=None)
-    args = p.parse_args(argv)
+    parser, p, _ = common_flags('teacher', train.__doc__, PRESETS, argv)
+    parser.prog += ' train'
+    p.add_argument('--rampup-kimg', type=float, metavar='KIMG',
+                   help='thousands of images over which the learning rate rises from zero (%(default)s)')
+    p.add_argument('--decay', type=float, metavar='SHARE',
+                   help='last share of the run, over which the learning rate falls to zero (%(default)s)')
+    p.add_argument('--dropout', type=float, metavar='P', help='dropout probability of the network (%(default)s)')
+    p.add_argument('--cond', type=int, choices=[0, 1], help='1: the network is told the class (%(default)s)')
+    p.add_argument('--channels', type=positive(int), help='base width of the network, a multiple of 4 (%(default)s)')
+    p.add_argument('--channel-mult', type=positive(int), nargs='+', metavar='N',
+                   help='width at each resolution, as a multiple of the base width %(default)s')
+    p.add_argument('--blocks', type=positive(int), help='residual blocks per resolution (%(default)s)')
+    p.add_argument('--attention', type=int, nargs='*', metavar='RES',
+                   help='resolutions with self-attention %(default)s')
+    p.add_argument('--sigma', type=positive(float),
+                   help='train at this noise level alone (for teacher_free.py --init single-level)')
+    parser.set_defaults(out=None)
+    args = parser.parse_args(argv)
     if args.channels % 4 or not 0 <= args.dropout < 1 or not 0 <= args.decay <= 1:
-        p.error('--channels must be a multiple of 4, --dropout and --decay between 0 and 1')
+        parser.error('--channels must be a multiple of 4, --dropout and --decay between 0 and 1')
     args.out = args.out or f'runs/teacher-{args.dataset}' + (f'-sigma{args.sigma:g}' if args.sigma else '')
     return args
 
@@ -844,7 +867,7 @@ def train(args):
         parameters = sum(p.numel() for p in net.parameters())
         data.start_log(args, state, f'teacher of {parameters / 1e6:.2f} M parameters ({world_size} x {device.type}), '
                        f'{nimg / 1000:g} to {args.kimg:g} kimg of {len(dataset)} images, {label_dim} classes: the loss '
-                       f'should fall; samples are drawn to {args.out}/grid-*.png', trained_parameters=parameters)
+                       f'should fall; pictures of samples: {args.out}/grid-*.png', trained_parameters=parameters)
 
     means, saved = data.Means(nimg), time.time()
     while True:
@@ -908,20 +931,20 @@ def shapes_teacher(sigma=None):
         return str(shipped)
     if not os.path.exists(path):
         if dist.get_rank() == 0:
-            print(f'The teacher for shapes is not there yet. It is trained first, once: {path}', flush=True)
+            print(f'This needs {path}, which is trained now, once.', flush=True)
         train(args)
     return path
 
 
 def open_teacher(path, dataset=None):
-    """`load`, first on one rank of each machine; `.fingerprint` is a checksum of the weights. Collective.
+    """`load`, first on one rank of each machine; `.fingerprint` tells the weights apart. Collective.
 
     Raises ValueError where the network does not fit the dataset (None: not compared).
     """
     net = data.rank0_first(load, path)
     # As in DMD2, the methods do not augment. Deviation: Diff-Instruct and SiD do, but not on ImageNet.
     net.model.map_augment, net.kwargs['augment_dim'] = None, 0
-    net.fingerprint = data.fingerprint(net.state_dict().values())
+    net.fingerprint = f'checksum {data.fingerprint(net.state_dict().values())}'
     if dataset is not None and (
             (dataset.resolution, 3) != (net.img_resolution, net.img_channels)
             or net.label_dim and dataset.label_dim != net.label_dim):

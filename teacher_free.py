@@ -40,10 +40,10 @@ import fid
 
 # ----------------------------------------------------------------------------------------------------
 # Settings. Deviation: the paper's own (its appendix) were not available to us. For real data batch, lr, sigma_init, EMA
-# and a first stage of 100 kimg come from SiD and SiDA; the ratio network learns at the student's rate, as in
-# Score-of-Mixture Training with a teacher (on shapes 1 and 5 times that ended at pixel-FD 3.7 and 11.3, one seed); the
+# and a first stage of 100 kimg come from SiD and SiDA. The ratio network learns at the student's rate, as in
+# Score-of-Mixture Training with a teacher; on shapes, 1 and 5 times that ended at pixel-FD 3.7 and 11.3 (one seed). The
 # distribution of sigma is Diff-Instruct's, a little wider for the ratio network. These rows were run for a few steps
-# only. The row `shapes` is our choice. batch_gpu is for 40 GB.
+# only. The row `shapes` is our choice. batch_gpu is an estimate of what fits into 40 GB.
 
 REAL = dict(batch=512, batch_gpu=64, lr=1e-5, ratio_lr=1e-5, ratio_updates=1, draws=1, sigma_init=2.5,
             student_sigma=(-1.2, 1.2), ratio_sigma=(-1.2, 1.4), decay=0.0, warmup_kimg=100, ema_kimg=500, kimg=50_000,
@@ -64,31 +64,43 @@ INITS = ['teacher', 'features', 'single-level', 'random']
 
 def parse_args(argv=None):
     positive, pair = edm_nets.positive, dict(type=float, nargs=2, metavar=('MEAN', 'STD'))
-    p = edm_nets.common_flags('teacher_free', __doc__, PRESETS, argv)
-    p.add_argument('--ratio-lr', type=positive(float), help='learning rate of the ratio network (%(default)s)')
-    p.add_argument('--ratio-updates', type=positive(int), help='ratio steps per student step (%(default)s)')
-    p.add_argument('--draws', type=positive(int), help='noised copies of each student sample (%(default)s)')
-    p.add_argument('--warmup-kimg', type=float, help='thousands of images before the student starts (%(default)s)')
-    p.add_argument('--student-sigma', **pair, help="mean and deviation of ln sigma, student's loss %(default)s")
-    p.add_argument('--ratio-sigma', **pair, help="mean and deviation of ln sigma, ratio network's loss %(default)s")
+    parser, p, evaluation = edm_nets.common_flags('teacher_free', __doc__, PRESETS, argv)
     p.add_argument('--divergence', choices=DIVERGENCES, default='js', help='what the student minimises (%(default)s)')
-    p.add_argument('--weight', choices=WEIGHTS, default='1', help='w(sigma) in the student loss (%(default)s)')
-    p.add_argument('--ratio-net', choices=RATIO_NETS, default='energy', help='see make_ratio_net (%(default)s)')
-    p.add_argument('--ratio-init', choices=RATIO_INITS, default='features', help='see make_ratio_net (%(default)s)')
-    p.add_argument('--init', choices=INITS, default='teacher', help='see initial_student (%(default)s)')
-    p.add_argument('--fresh-lr', type=positive(float), help='rate of all that --init and --ratio-init start at random '
-                   '(that of the other weights)')
-    p.add_argument('--single-level', metavar='PATH', help='network for --init single-level')
-    p.add_argument('--best-of', type=positive(int), nargs='+', metavar='K', default=[],
-                   help='once trained, score the student with the best of K candidates for each sample')
-    p.add_argument('--verifier', choices=['resample', 'max'], default='resample', help='how to choose (%(default)s)')
-    args = p.parse_args(argv)
+    p.add_argument('--weight', choices=WEIGHTS, default='1',
+                   help="weight w(sigma) of the noise levels in the student's loss (%(default)s)")
+    p.add_argument('--ratio-lr', type=positive(float), metavar='LR',
+                   help='learning rate of the ratio network (%(default)s)')
+    p.add_argument('--ratio-updates', type=positive(int), metavar='N',
+                   help='steps of the ratio network per step of the student (%(default)s)')
+    p.add_argument('--warmup-kimg', type=float, metavar='KIMG',
+                   help='thousands of images that the ratio network sees before the student starts (%(default)s)')
+    p.add_argument('--draws', type=positive(int), metavar='N',
+                   help='noise levels at which each student sample is judged in a step (%(default)s)')
+    p.add_argument('--student-sigma', **pair,
+                   help="mean and standard deviation of ln sigma in the student's loss %(default)s")
+    p.add_argument('--ratio-sigma', **pair,
+                   help="mean and standard deviation of ln sigma in the ratio network's loss %(default)s")
+    p.add_argument('--ratio-net', choices=RATIO_NETS, default='energy',
+                   help='kind of the ratio network, see make_ratio_net (%(default)s)')
+    p.add_argument('--ratio-init', choices=RATIO_INITS, default='features',
+                   help="which of the teacher's weights the ratio network starts from (%(default)s)")
+    p.add_argument('--init', choices=INITS, default='teacher',
+                   help="which weights the student starts from, see initial_student (%(default)s)")
+    p.add_argument('--fresh-lr', type=positive(float), metavar='LR', help='learning rate of the weights that --init '
+                   'and --ratio-init start at random (that of the other weights)')
+    p.add_argument('--single-level', metavar='FILE', help='network of one noise level, for --init single-level')
+    evaluation.add_argument('--best-of', type=positive(int), nargs='+', metavar='K', default=[],
+                            help='after training, score the best of K candidates per image, for each K')
+    evaluation.add_argument('--verifier', choices=['resample', 'max'], default='resample',
+                            help='how --best-of chooses by the ratio, see best_of (%(default)s)')
+    args = parser.parse_args(argv)
     if args.warmup_kimg < 0 or args.best_of and not args.eval_images:
-        p.error('--warmup-kimg must not be negative, and --best-of needs --eval-images')
+        parser.error('--warmup-kimg must not be negative, and --best-of needs --eval-images')
     if args.single_level and args.init != 'single-level' or \
             args.init == 'single-level' and args.dataset != 'shapes' and not args.single_level:
-        p.error(f'--init single-level needs --single-level PATH (not on shapes), and no other --init takes it; `python '
-                f'edm_nets.py train --dataset {args.dataset} --sigma {args.sigma_init:g}` trains that network')
+        parser.error(
+            f'--init single-level needs --single-level FILE (not on shapes), and no other --init takes it; `python '
+            f'edm_nets.py train --dataset {args.dataset} --sigma {args.sigma_init:g}` trains that network')
     return args
 
 # ----------------------------------------------------------------------------------------------------
@@ -302,9 +314,9 @@ def train(args):
         a, b = (sum(p.numel() for p in net.parameters()) for net in (student, ratio_net))
         data.start_log(args, state, f'[1/3] teacher of {a / 1e6:.2f} M parameters: {args.teacher}\n'
                        f'[2/3] ratio network of {b / 1e6:.2f} M, {warmed / 1000:g} to {warmup_total / 1000:g} kimg: '
-                       f'ratio_loss should fall below 1.386, the loss of a guess\n'
+                       f'ratio_loss should fall below 1.386, which is that of guessing\n'
                        f'[3/3] student, {nimg / 1000:g} to {args.kimg:g} kimg: the score should fall; '
-                       f'samples are drawn to {args.out}/grid-*.png', trained_parameters=a + b)
+                       f'pictures of samples: {args.out}/grid-*.png', trained_parameters=a + b)
     ruler = args.eval_images and fid.Ruler(
         dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
     shape = [args.batch, student.img_channels, student.img_resolution, student.img_resolution]  # of the global batch

