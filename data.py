@@ -67,7 +67,7 @@ def to_device(x, device):
 
 
 def load_images(dataset, indices, device, flips=None):
-    """Images of a dataset, those of which flips (numpy bool [n]) is true mirrored -> float32 [n, 3, R, R], [-1, 1]."""
+    """Load images as float32 [n, 3, R, R] in [-1, 1]. Those for which flips (numpy bool [n]) is true are mirrored."""
     images = dataset.images(indices)
     if flips is not None:
         images = torch.where(torch.from_numpy(flips)[:, None, None, None], images.flip(3), images)
@@ -75,7 +75,7 @@ def load_images(dataset, indices, device, flips=None):
 
 
 def save_panels(panels, path, columns=8, scale=2):
-    """Write {title: uint8 [N, 3, H, W]} as one PNG: a grid below each title ('': none). Raises OSError."""
+    """Write {title: uint8 [N, 3, H, W]} as one PNG: a grid below each title. A title '' is left out. Raises OSError."""
     pictures = []
     for title, images in panels.items():
         n, c, h, w = (images := images.expand(-1, 3, -1, -1)).shape  # one channel: grey
@@ -89,7 +89,7 @@ def save_panels(panels, path, columns=8, scale=2):
         Image.fromarray(np.concatenate(pictures)).save(f, format='png')
 
 # ----------------------------------------------------------------------------------------------------
-# Processes and run folders, which hold config.json, stats.jsonl, latest.pt and previous.pt. Collective: for all ranks.
+# Processes and run folders (config.json, stats.jsonl, latest.pt, previous.pt). `Collective`: all ranks must call it.
 
 LOCKED = []  # the open stats.jsonl of this process's run
 MAY_CHANGE = {'out', 'data', 'teacher', 'batch_gpu', 'compile', 'snapshot_kimg', 'status_kimg', 'eval_images'}
@@ -97,12 +97,12 @@ MAY_CHANGE = {'out', 'data', 'teacher', 'batch_gpu', 'compile', 'snapshot_kimg',
 
 @contextlib.contextmanager
 def clear_errors(script):
-    """Errors that the user can mend print one line; all others keep their traceback. The exit status is 1."""
+    """Print one line for an error that the user can fix, and the traceback of any other error. The exit status is 1."""
     try:
         if 'RANK' in os.environ and 'LOCAL_RANK' not in os.environ:
             raise ValueError('RANK is set and LOCAL_RANK is not: start several processes with torchrun')
         yield
-    except Exception as error:  # told in one line, or with its traceback; never hidden
+    except Exception as error:  # every error is printed, in one line or with its traceback
         mendable = isinstance(error, (OSError, ValueError, FloatingPointError, MemoryError, dist.DistNetworkError))
         if isinstance(error, torch.OutOfMemoryError):
             mendable, error = True, f'{error} A smaller --batch-gpu needs less memory.'
@@ -147,16 +147,16 @@ def whole_file(path):
 
 
 def lock(path, wait=False):
-    """Open the file `path`, locked until it is closed or its process ends. Raises BlockingIOError if another has it.
+    """Open `path` and lock it until it is closed or this process ends. Raises BlockingIOError if it is locked already.
 
-    On Windows, and on file systems without locks, it is only opened.
+    On Windows, and on file systems without locks, the file is opened but not locked.
     """
     f = open(path, 'ab')
     try:
         if fcntl:
             fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise BlockingIOError(f'another process uses {path}: wait for it (one run on many GPUs: torchrun)') from None
+        raise BlockingIOError(f'another process uses {path}: wait until it ends (on many GPUs use torchrun)') from None
     except OSError as error:
         print(f'warning: cannot lock {path}: {error}', flush=True)
     return f
@@ -169,9 +169,9 @@ def check_finite(name, network):
 
 
 def save_checkpoint(out, config, counts, parts):
-    """Write latest.pt, keeping the one before it as previous.pt: whenever the run is killed, one of them is whole.
+    """Write latest.pt and keep the one before it as previous.pt. One of them is whole whenever the run is killed.
 
-    counts: {name: int}; parts: {name: network or optimizer}, everything that evolves. Raises FloatingPointError.
+    counts: {name: int}. parts: {name: network or optimizer}, all that training changes. Raises FloatingPointError.
     """
     for name, part in parts.items():
         if isinstance(part, torch.nn.Module):
@@ -191,21 +191,21 @@ def newest_checkpoint(out):
             damaged = zipfile.ZipFile(path).testzip()  # compares the checksum of every tensor
             if not damaged and torch.load(path, map_location='cpu', weights_only=True, mmap=True)['config']:
                 return path
-        except Exception as error:  # whatever a damaged file can provoke
+        except Exception as error:  # a damaged file can cause any exception
             if isinstance(error, (MemoryError, OSError)) or 'allocate memory' in str(error):
                 raise
-        print(f'{path} is damaged: set aside as {path}.damaged', flush=True)
+        print(f'{path} is damaged and is renamed to {path}.damaged', flush=True)
         os.replace(path, f'{path}.damaged')
     if [*Path(out).glob('*.pt.damaged'), *Path(out).glob('student-*.pt'), *Path(out).glob('teacher-*.pt')]:
-        raise ValueError(f'no whole checkpoint is left in {out}, which holds a run: give another --out')
+        raise ValueError(f'no whole checkpoint is left in {out}, but files of a run are: give another --out')
 
 
 def load_checkpoint(args, parts, may_change=frozenset(), **fingerprints):
-    """Load the newest whole checkpoint of args.out into `parts`. Collective. Raises ValueError for another run's.
+    """Load the newest whole checkpoint of args.out into `parts`. Collective. Raises ValueError if another run wrote it.
 
-    Returns (config, state). config: what a resumed run must repeat, which is all of `args` but MAY_CHANGE, `may_change`
-    and, if args.decay is 0 (then no learning rate depends on it), --kimg. Data and teacher may move, but not change:
-    their fingerprints are compared, not their paths. state: the checkpoint's content, {} for a new run.
+    Returns (config, state). config is what a resumed run must repeat: `args` except for MAY_CHANGE and `may_change`. If
+    args.decay is 0, --kimg may change too, as no learning rate depends on it. Data and teacher may move but not change:
+    their fingerprints are compared, not their paths. state is the checkpoint's content, or {} for a new run.
     """
     may_change = MAY_CHANGE | may_change | (set() if args.decay else {'kimg'})
     config = dict({k: v for k, v in vars(args).items() if k not in may_change}, **fingerprints)
@@ -217,21 +217,21 @@ def load_checkpoint(args, parts, may_change=frozenset(), **fingerprints):
     state = torch.load(path[0], map_location='cpu', weights_only=True, mmap=True)
     changed = [f'{k} was {old} and is now {config[k]}' for k, old in state['config'].items()
                if config.get(k, old) != old]
-    if changed := changed + [f'no {name} there' for name in parts if name not in state]:
+    if changed := changed + [f'it has no {name}' for name in parts if name not in state]:
         raise ValueError(f'{args.out} holds another run ({", ".join(changed)}): give another --out')
     for name, part in parts.items():
         part.load_state_dict(state[name])
-    dist.barrier()  # guards the checkpoint: nobody writes before all have read
+    dist.barrier()  # no rank may write a checkpoint before all ranks have read it
     return config, state
 
 
 def start_log(args, state, plan, **more):
-    """Print the plan, write config.json, cut stats.jsonl back to the checkpoint; or say that all is done. Rank 0.
+    """Print the plan, write config.json, cut stats.jsonl back to the checkpoint, or report a complete run. Rank 0 only.
 
-    From here to the end of the process no other run gets into the folder: there it raises BlockingIOError.
+    The run folder is locked until the process ends. Raises BlockingIOError if another run has locked it.
     """
     if state.get('nimg', 0) >= args.kimg * 1000:
-        return print(f'{args.out} is complete at {state["nimg"] / 1000:g} kimg, nothing to train', flush=True)
+        return print(f'{args.out} is complete at {state["nimg"] / 1000:g} kimg: nothing is left to train', flush=True)
     os.makedirs(args.out, exist_ok=True)
     LOCKED.clear()  # closes the file of an earlier run of this process
     LOCKED.append(log := lock(f'{args.out}/stats.jsonl'))
@@ -244,7 +244,7 @@ def start_log(args, state, plan, **more):
 
 
 def log_status(out, stats, total):
-    """One line to the terminal and one object to stats.jsonl; total: images of stage 2. Rank 0 only."""
+    """Print one line and append one object to stats.jsonl. total: --kimg, as a number of images. Rank 0 only."""
     if torch.cuda.is_available():
         stats = dict(stats, peak_gib=torch.cuda.max_memory_allocated() / 2 ** 30)  # of this process
     minutes = stats['sec_per_kimg'] * (total / 1000 - stats['kimg']) / 60 if stats['kimg'] else 0  # no guess at first
@@ -255,9 +255,9 @@ def log_status(out, stats, total):
 
 
 class Means:
-    """Means of named scalars between two status lines; tensors until then, so that no step waits for the device."""
+    """Means of named scalars between two status lines. Scalars stay tensors, so that no step waits for the device."""
 
-    def __init__(self, images):  # of the run, so far
+    def __init__(self, images):  # images: how many the run has seen so far
         self.images, self.start, self.added = images, time.time(), []  # (name, scalar tensor), in order
 
     def add(self, **scalars):
@@ -266,7 +266,7 @@ class Means:
     def collect(self, images):
         """{sec_per_kimg, seconds, name: mean over steps and processes}. Collective.
 
-        Raises FloatingPointError, on all ranks, naming the scalar that was the first not to be finite.
+        If a scalar is not finite, raises FloatingPointError on all ranks. The message names the first such scalar.
         """
         means = {}
         for name in dict.fromkeys(name for name, _ in self.added):
@@ -276,12 +276,12 @@ class Means:
         if not np.isfinite(list(means.values())).all():
             first = next((name for name, value in self.added if not value.isfinite()), 'a loss of another process')
             raise FloatingPointError(f'{first} is not finite: training has diverged; the last checkpoint stays')
-        seconds = time.time() - self.start  # a GPU has done all steps, as their means were read
+        seconds = time.time() - self.start  # reading the means has waited for the GPU to finish
         return dict(sec_per_kimg=1000 * seconds / max(images - self.images, 1), seconds=seconds, **means)
 
 # ----------------------------------------------------------------------------------------------------
-# Datasets, and the order of their images. Each has len(), .resolution, .label_dim (0: no labels) and, for indices int
-# [n], the methods .images(indices) -> uint8 [n, 3, R, R] and .labels(indices) -> int64 [n], zeros without labels.
+# Datasets, and the order of their images. A dataset has len(), .resolution and .label_dim (0: no labels). For indices
+# int [n], .images(indices) returns uint8 [n, 3, R, R], and .labels(indices) returns int64 [n], zeros without labels.
 
 
 @functools.lru_cache(maxsize=2)
@@ -314,7 +314,7 @@ def step_generator(seed, nimg, stream, device):
 
 
 class Folder:
-    """A prepared folder. Raises FileNotFoundError, or ValueError for a damaged one, in one line."""
+    """A prepared folder. Raises FileNotFoundError if it has no images.npy, a one-line ValueError if it is damaged."""
 
     def __init__(self, path):
         path, labelled = Path(path), (Path(path) / 'labels.npy').is_file()
@@ -329,8 +329,8 @@ class Folder:
             n, height, width, channels = self.data.shape
             if self.data.dtype != np.uint8 or height != width or channels != 3 or self.targets.dtype != np.int64 \
                     or self.targets.shape != (n,) or self.targets.min() < 0 or self.targets.max() >= MAX_CLASSES:
-                raise ValueError('expected images.npy of uint8 [N, R, R, 3], labels.npy of int64 [N], from 0')
-        except Exception as error:  # whatever a damaged file can provoke
+                raise ValueError('expected images.npy with uint8 [N, R, R, 3], labels.npy with int64 [N] from 0 up')
+        except Exception as error:  # a damaged file can cause any exception
             raise ValueError(f'cannot use {path}: {error}') from None
         self.resolution, self.label_dim = height, max(int(self.targets.max()) + 1, len(names)) if labelled else 0
 
@@ -388,7 +388,7 @@ class Shapes:
 
 
 def identity(dataset):
-    """What a dataset is recognised by: its size, and a checksum of a hundred images all over it and of all labels."""
+    """A text that identifies a dataset: its size, and a checksum of all labels and of a hundred images all over it."""
     some = np.linspace(0, len(dataset) - 1, min(100, len(dataset))).astype(int)
     checksum = fingerprint([dataset.images(some), dataset.labels(np.arange(len(dataset)))])
     return f'{len(dataset)} images of {dataset.resolution} px, {dataset.label_dim} classes, checksum {checksum}'
@@ -416,10 +416,10 @@ def cache_path(url):
 
 
 def download(url, path, timeout=30, **checksum):
-    """Fetch `url` to `path` unless it is there: resumed after a break, verified, renamed when whole. Returns the Path.
+    """Fetch `url` to `path` unless that file exists. An interrupted download is resumed. Returns the Path.
 
-    checksum: md5='...' or sha256='...', the digest or its first digits. Of several processes one fetches, the others
-    wait. Raises OSError in one line.
+    checksum: md5='...' or sha256='...', the digest or its first digits. The file is verified before it gets its name.
+    If several processes ask for it, one fetches it and the others wait. Raises a one-line OSError.
     """
     path, partial = Path(path), Path(f'{path}.partial')
     if path.exists():
@@ -448,8 +448,8 @@ def download(url, path, timeout=30, **checksum):
                         if f.tell() % (1 << 26) < len(chunk):  # every 64 MB
                             print(f'  {f.tell() >> 20} of {total >> 20} MB', flush=True)
                     if f.tell() < total:
-                        raise OSError(f'{f.tell()} of {total} bytes came')
-        except Exception as error:  # whatever a server or the disk can provoke
+                        raise OSError(f'only {f.tell()} of {total} bytes arrived')
+        except Exception as error:  # a server or the disk can cause any exception
             code = getattr(error, 'code', 0)
             if code == 416:  # no such part: the file at the server has changed
                 partial.unlink(missing_ok=True)
@@ -475,10 +475,10 @@ def read_rows(name, pixels, labels):
 
 
 def read_tree(names, open_file, use_labels, classes, notes):
-    """`read_images` of a folder or a zip. names: of all that is in it, folders end with '/'; open_file(name).
+    """`read_images` for a folder or a zip. names: its files, and its folders with a '/' at the end; open_file(name).
 
-    The labels are those of EDM's dataset.json, {"labels": [[name, label], ...]} or null; without one, the top-level
-    folders are the classes, if there is more than one. One folder around everything is looked through.
+    Labels come from EDM's dataset.json, {"labels": [[name, label], ...]} or {"labels": null}. Without that file, the
+    top-level folders are the classes if there are several. A single folder that contains everything is ignored.
     """
     hidden = {n for n in names if any(part[:1] in ('.', '@') or part == '__MACOSX' for part in n.split('/') if part)}
     names, top = sorted(set(names) - hidden), ''
@@ -488,7 +488,7 @@ def read_tree(names, open_file, use_labels, classes, notes):
     images = [n for n in files if Path(n).suffix.lower() in IMAGE_TYPES]
     lists, labels = [n for n in files if n.rsplit('/', 1)[-1] == 'dataset.json'], {}
     if use_labels and lists not in ([], [f'{top}dataset.json']):
-        raise ValueError(f'{lists[0]} does not lie beside all images: name its folder as SOURCE, or give --no-labels')
+        raise ValueError(f'{lists[0]} is not in the top folder of SOURCE: give its folder as SOURCE, or --no-labels')
     if use_labels and lists:
         labels = dict(json.load(open_file(lists[0])).get('labels') or {})
     elif use_labels and len(folders := {n[len(top):].split('/')[0] for n in names if '/' in n[len(top):]}) > 1:
@@ -503,15 +503,15 @@ def read_tree(names, open_file, use_labels, classes, notes):
 
 
 def read_images(source, use_labels, classes, notes):
-    """Yield (name, image: open file or array [R, R, 3], label: int or None). Raises whatever can go wrong.
+    """Yield (name, image: open file or array [R, R, 3], label: int or None). It may raise any exception.
 
-    Names of classes are appended to the list `classes`; what is passed over is counted in the Counter `notes`.
+    Names of classes are appended to the list `classes`. The Counter `notes` counts the files that are not used.
     """
     if source.is_dir() and any(source.glob('*data*.npz')):  # downsampled ImageNet; its classes have their own order
         numbers = {}
         if use_labels:  # lines like `n02119789 1 kit_fox`; the classes of EDM are the sorted n-numbers
             if not (source / 'map_clsloc.txt').is_file():
-                raise ValueError('its labels need the map_clsloc.txt of its devkit beside the .npz, or --no-labels')
+                raise ValueError('map_clsloc.txt is missing: copy it from the devkit to SOURCE, or give --no-labels')
             lines = sorted(line.split() for line in (source / 'map_clsloc.txt').read_text().splitlines() if line)
             classes += [name for _, _, name in lines]
             numbers = {int(number): i for i, (_, number, _) in enumerate(lines)}
@@ -539,31 +539,31 @@ def read_images(source, use_labels, classes, notes):
             members = {Path(m.name).name: m for m in tar if m.isfile() and m.size < 1 << 26}
             for name in (f'data_batch_{i}.bin' for i in range(1, 6)):
                 if name not in members:
-                    raise ValueError(f'no {name}: this is not cifar-10-binary.tar.gz, which the word cifar10 fetches')
+                    raise ValueError(f'it has no {name}: expected cifar-10-binary.tar.gz (SOURCE cifar10 fetches it)')
                 rows = np.frombuffer(tar.extractfile(members[name]).read(), np.uint8).reshape(-1, 3073)
                 if rows[:, 0].max() > 9:
                     raise ValueError(f'label {rows[:, 0].max()} in {name}: expected 0 to 9')
                 yield from read_rows(name, rows[:, 1:], rows[:, 0].tolist())  # one label and 3072 pixels each
     else:
-        raise ValueError('neither a folder, a whole zip nor a CIFAR-10 tarball (truncated?)')
+        raise ValueError('it is neither a folder, nor a complete zip, nor a CIFAR-10 tarball; it may be truncated')
 
 
 def decode(name, image, resolution, notes):
-    """Open file or uint8 [H, W, 3] -> RGB uint8 [H, W, 3]. Raises ValueError. What was done is counted in `notes`.
+    """Open file or uint8 [H, W, 3] -> RGB uint8 [H, W, 3]. Raises ValueError. `notes` counts the conversions.
 
-    With a resolution: centre crop to a square, then Lanczos, as EDM's `center-crop` does.
+    With a resolution, the image is cropped to the central square and resized by Lanczos, as EDM's `center-crop` does.
     """
     try:
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(
             image, formats=[*set(IMAGE_TYPES.values())])
         image.load()
         turned = image.getexif().get(0x0112, 1) != 1
-    except Exception as error:  # whatever a damaged image, or its archive, can provoke
+    except Exception as error:  # a damaged image or archive can cause any exception
         raise ValueError(f'cannot read {name}: {error}') from None
     if image.mode not in ('RGB', 'L', 'LA', 'RGBA', 'P', 'CMYK', '1'):
         raise ValueError(f'{name} has mode {image.mode}: convert it to 8-bit RGB')
     notes[f'converted from {image.mode}'] += image.mode != 'RGB'
-    notes['left as they lie, though their EXIF says to turn them (as EDM does)'] += turned
+    notes['not turned, though their EXIF says to turn them (as EDM does)'] += turned
     if image.has_transparency_data:
         image = image.convert('RGBA')
         notes['transparent, put on white'] += image.getextrema()[3][0] < 255
@@ -588,8 +588,8 @@ def prepare(source, dest, resolution=None, use_labels=True):
     temporary.mkdir(parents=True)
     labels, classes, n, side, notes = [], [], 0, None, collections.Counter()
     try:
-        with open(temporary / 'images.npy', 'wb') as f:  # not a memmap: on a full disk that would die of SIGBUS
-            f.write(bytes(128))  # the place of the header
+        with open(temporary / 'images.npy', 'wb') as f:  # a memmap would die of SIGBUS on a full disk
+            f.write(bytes(128))  # room for the header
             for name, image, label in read_images(Path(source), use_labels, classes, notes):
                 pixels = decode(name, image, resolution, notes)
                 height, width, _ = pixels.shape
@@ -618,10 +618,10 @@ def prepare(source, dest, resolution=None, use_labels=True):
         if dest.exists():
             raise FileExistsError(f'{dest} exists by now: another process made it')
         os.replace(temporary, dest)
-    except Exception as error:  # whatever a damaged or hostile source can provoke; told in one line, never hidden
+    except Exception as error:  # a damaged or hostile source can cause any exception; it is reported in one line
         if isinstance(error, FileExistsError):
             raise
-        kind = '' if isinstance(error, (OSError, ValueError)) else f'damaged? {type(error).__name__}: '
+        kind = '' if isinstance(error, (OSError, ValueError)) else f'it may be damaged, {type(error).__name__}: '
         raise ValueError(f'cannot prepare {source}: {kind}{error}') from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -631,7 +631,7 @@ def prepare(source, dest, resolution=None, use_labels=True):
     if missing := [name for name, count in zip(names, counts) if not count]:
         print(f'warning: there are no images of class {", ".join(missing[:9])}{", ..." * (len(missing) > 9)}')
     if classes and {*classes} <= {'train', 'training', 'val', 'valid', 'validation', 'test'}:
-        print('warning: are these classes parts of the data? Then name one of them as SOURCE.')
+        print('warning: the classes have the names of data splits. If they are splits, give one of them as SOURCE.')
     if notes := +notes:  # those above 0
         print('; '.join(f'{what}: {count}' for what, count in notes.items()))
     shown = shown if len(shown) <= 12 else [*shown[:5], '...', *shown[-3:]]

@@ -1,13 +1,13 @@
 """DisBack: a one-step generator distilled along the path on which its teacher was degraded.
 
 "Distribution Backtracking Builds A Faster Convergence Trajectory for Diffusion Distillation", S. Zhang et al., ICLR
-2025, arXiv:2408.15991 v3. No real image is needed. Run here on shapes; the paper's ImageNet-64, FID 1.38, was not.
+2025, arXiv:2408.15991 v3. No real images are needed. We trained on shapes only. The paper's FID on ImageNet-64 is 1.38.
 
 Score distillation moves a student G by the difference between the score of what G makes (the fake score, learned on the
 fly) and the score of the teacher. Far from the data, where G begins, the teacher's score is unreliable. DisBack
 therefore aims at nearer targets first:
-  1. Degradation recording (Alg. 1): fine-tune a copy of the teacher on samples of the untouched student, and keep N + 1
-     nodes on the way: node 0 is the teacher, node N models the student's initial distribution.
+  1. Degradation recording (Alg. 1): fine-tune a copy of the teacher on samples of the untouched student, and save it N
+     times on the way, as nodes 1 to N. Node 0 is the teacher, and node N models the student's initial distribution.
   2. Distribution backtracking (Alg. 2): distil from node N-1, then from node N-2, ..., at last from node 0. The fake
      score starts at node N. With --nodes 0 this is plain score distillation, Diff-Instruct (arXiv:2305.18455).
 
@@ -38,15 +38,15 @@ import fid
 
 # ----------------------------------------------------------------------------------------------------
 # Settings. Deviation: the settings of the paper's EDM experiments (its Appendix B) were not available to us. For real
-# data, batch, lr, sigma_init and EMA come from SiD; the distribution of sigma and the equal learning rates come from
-# Diff-Instruct; as in the paper's SDXL script, the recording takes 1 % of the run and each node as much. None of these
-# rows was run for more than a few steps. N = 4 is our choice, and so is the row `shapes`. batch_gpu is an estimate of
-# what fits into 40 GB.
+# data, batch, lr, sigma_init and ema_kimg come from SiD (Score identity Distillation); the distribution of sigma and
+# the equal learning rates come from Diff-Instruct. As in the paper's SDXL script, the recording takes 1 % of the run,
+# and each node takes 1 %. We ran the rows of real data for a few steps only. N = 4 and the row `shapes` are our choice.
+# batch_gpu is an estimate of what fits into 40 GB.
 
 REAL = dict(batch=512, batch_gpu=128, lr=1e-5, fake_lr=1e-5, fake_updates=1, sigma_init=2.5, student_sigma=(-1.2, 1.2),
             fake_sigma=(-1.2, 1.2), decay=0.0, degrade_kimg=500, node_kimg=500, ema_kimg=500, kimg=50_000,
             eval_images=10_000, snapshot_kimg=1000, status_kimg=10)
-PRESETS = {  # student_sigma, fake_sigma: mean and standard deviation of ln sigma; decay: share of the run, see `fall`
+PRESETS = {  # *_sigma: mean and standard deviation of ln sigma; decay: last share of the run, over which lr falls to 0
     'shapes':     dict(batch=32, lr=6e-4, fake_lr=1e-3, fake_updates=2, sigma_init=2.5, student_sigma=(0.1, 1.6),
                        fake_sigma=(-0.2, 1.8), decay=0.5, degrade_kimg=1, node_kimg=0.25, ema_kimg=500, kimg=28,
                        eval_images=2_000, snapshot_kimg=14, status_kimg=0.7),
@@ -57,16 +57,16 @@ PRESETS = {  # student_sigma, fake_sigma: mean and standard deviation of ln sigm
                        ema_kimg=2000, kimg=200_000, snapshot_kimg=4000, status_kimg=50),
 }
 sigma_data = 0.5
-# Deviation: the released scripts enable a GAN loss. Here it is off, because Alg. 2 has none. DMD2, from which it comes,
-# draws its noise levels separately and uniformly from a grid; here it shares those of the distillation.
+# Deviation: the released scripts enable a GAN loss. Here it is off by default, because Alg. 2 has none. It comes from
+# DMD2, which draws separate noise levels for it, uniformly from a grid. Here it uses those of the distillation.
 DISCRIMINATOR_WEIGHT = 1e-2  # weight of the discriminator's loss, as in DMD2 for ImageNet-64
 
 
 def parse_args(argv=None):
     positive, pair = edm_nets.positive, dict(type=float, nargs=2, metavar=('MEAN', 'STD'))
     parser, p, _ = edm_nets.common_flags('disback', __doc__, PRESETS, argv)
-    p.add_argument('--nodes', type=int, default=4, help='targets on the path, beside the teacher itself; 0: no '
-                   'path, plain score distillation (%(default)s)')
+    p.add_argument('--nodes', type=int, default=4, help='nodes recorded on the path, not counting the '
+                   'teacher; 0: no path, plain score distillation (%(default)s)')
     p.add_argument('--degrade-kimg', type=positive(float), metavar='KIMG',
                    help='thousands of images on which the teacher is degraded, in stage 1 (%(default)s)')
     p.add_argument('--node-kimg', type=positive(float), metavar='KIMG',
@@ -81,10 +81,10 @@ def parse_args(argv=None):
                    help="mean and standard deviation of ln sigma in the fake score's loss %(default)s")
     p.add_argument('--loss', choices=['di', 'dmd'], default='di',
                    help="weight of the score difference: Diff-Instruct's or DMD's (%(default)s)")
-    p.add_argument('--score-precision', choices=['fp16', 'fp32'], default='fp16', help='number format of the two '
-                   'scores with --precision bf16; take fp32 if fp16 overflows (%(default)s)')
+    p.add_argument('--score-precision', choices=['fp16', 'fp32'], default='fp16', help='number format of the fake '
+                   'and the target score with --precision bf16; use fp32 if fp16 overflows (%(default)s)')
     p.add_argument('--gan-weight', type=float, default=0, metavar='W',
-                   help="weight of a GAN loss beside the scores; DMD2 has 3e-3, with --loss dmd (%(default)s)")
+                   help="weight of an additional GAN loss; DMD2 uses 3e-3, together with --loss dmd (%(default)s)")
     args = parser.parse_args(argv)
     if args.nodes < 0 or args.gan_weight < 0:
         parser.error('--nodes and --gan-weight must not be negative')
@@ -110,7 +110,7 @@ def draw_noise(shape, generator, P_mean, P_std):
 def denoising_error(D_x, x_0, sigma):
     """Denoising score matching (Eq. 5 for the fake score, Eq. 7 for degradation) with EDM's weight -> [N].
 
-    With s from D_x, the score's error s - (x_0 - x_t) / sigma^2 is (D_x - x_0) / sigma^2: a weighted denoising error.
+    As s = (D_x - x_t) / sigma^2, its error s - (x_0 - x_t) / sigma^2 is (D_x - x_0) / sigma^2, a denoising error.
     """
     weight = (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2  # EDM Table 1, lambda(sigma)
     return (weight * (D_x - x_0) ** 2).sum([1, 2, 3])
@@ -119,9 +119,9 @@ def denoising_error(D_x, x_0, sigma):
 def student_loss(x_0, D_fake, D_target, form):
     """Score distillation (Eq. 8) -> scalar. Its gradient in x_0 [N, C, H, W] is w(sigma) (s_fake - s_target) / N.
 
-    s_fake - s_target = (D_fake - D_target) / sigma^2. The authors show no weight w. Form 'di' is Diff-Instruct's, with
-    w = sigma^2; form 'dmd' is DMD's, with w = sigma^2 / mean |x_0 - D_target|. The value itself has no meaning.
-    Deviation: the released code, like EDM and Diff-Instruct, masks NaN in gradients; here such a loss stops the run.
+    s_fake - s_target = (D_fake - D_target) / sigma^2. The authors do not state the weight w. 'di' is Diff-Instruct's
+    weight, w = sigma^2; 'dmd' is DMD's, w = sigma^2 / mean |x_0 - D_target|. The value of the loss has no meaning.
+    Deviation: the released code, like EDM and Diff-Instruct, masks NaN in gradients. Here a NaN loss stops the run.
     """
     gradient = D_fake - D_target
     if form == 'dmd':
@@ -130,12 +130,12 @@ def student_loss(x_0, D_fake, D_target, form):
 
 
 def recording_steps(steps, nodes):
-    """{step: node}: after which of the `steps` each node is saved: nodes 1 to N, evenly spaced, N after the last."""
+    """{step: node}: the step after which each node is saved. Nodes 1 to N are evenly spaced; the last step saves N."""
     return {round(steps * i / nodes): i for i in range(1, nodes + 1)}
 
 
 def node_at(nimg, nodes, node_kimg):
-    """The target after `nimg` student images: first node N-1, one less every node_kimg, at last node 0, the teacher.
+    """The target node after `nimg` student images: N-1 at first, then one less every node_kimg, down to 0, the teacher.
 
     Deviation: the released loop changes its target only once; here the text of the paper is followed.
     """
@@ -196,22 +196,22 @@ def train(args):
     rounds = [slice(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == 'bf16')
-    # The student's gradient is the small difference of two networks that differ by a few steps of training. After 1, 10
-    # and 100 steps its relative error was 4-6, 0.5-0.9, 0.1 in bf16, 0.6-0.9, 0.1, 0.01 in fp16 (teacher of shapes).
+    # The student's gradient is the small difference of two networks that differ by few training steps. On shapes, after
+    # 1, 10 and 100 steps, its relative error was 4-6, 0.5-0.9 and 0.1 in bf16, but 0.6-0.9, 0.1 and 0.01 in fp16.
     fp16 = args.precision == 'bf16' and args.score_precision == 'fp16'
     score_autocast = functools.partial(torch.autocast, device.type, torch.float16, enabled=fp16)
 
-    # Data. The method needs none; only scores and the GAN term do.
+    # Data. The method itself needs no images; only the evaluation and the GAN term do.
     needed = args.eval_images or args.gan_weight or args.dataset == 'shapes'
     dataset = data.rank0_first(data.open_dataset, args.dataset, args.data) if needed else None
     if args.teacher is None:
         args.teacher = edm_nets.shapes_teacher() if args.dataset == 'shapes' else edm_nets.TEACHERS[args.dataset]
 
-    # Networks, all in eval mode: no dropout, as in DMD2 (Deviation: Diff-Instruct keeps it). The fake score is at first
-    # the copy that is degraded. The target starts as the teacher; along the path its weights are swapped in place.
+    # Networks. All are in eval mode, without dropout, as in DMD2 (Deviation: Diff-Instruct keeps it). In stage 1 the
+    # fake score is the copy that is degraded. The target starts as the teacher; stage 2 loads each node into it.
     target = edm_nets.open_teacher(args.teacher, dataset).to(device, memory_format=torch.channels_last)
     if target.sigma_init is not None:
-        raise ValueError(f'{args.teacher} knows noise level {target.sigma_init:g} alone: give a teacher of all levels')
+        raise ValueError(f'{args.teacher} is for noise level {target.sigma_init:g} only: give a teacher of all levels')
     student, ema, fake_score = (copy.deepcopy(target) for _ in range(3))
     student.sigma_init = ema.sigma_init = args.sigma_init
     student.requires_grad_(True)
@@ -228,7 +228,7 @@ def train(args):
         discriminator = parts['discriminator'] = make_discriminator(h.shape[1]).to(device)
         ddp_discriminator = wrap(discriminator)
         fake_parameters += discriminator.parameters()
-    # Betas are Diff-Instruct's. Deviation: SiD has 0.9 on FFHQ, and an eps of 1e-6 beside losses 100 times as large.
+    # The betas are Diff-Instruct's. Deviation: SiD uses 0.9 on FFHQ, and eps 1e-6 for losses 100 times as large.
     adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), fused=True)
     student_optimizer = parts['student_optimizer'] = adam(student.parameters(), args.lr)
     fake_optimizer = parts['fake_optimizer'] = adam(fake_parameters, args.fake_lr)
@@ -242,10 +242,10 @@ def train(args):
     if rank == 0:
         a, b = (sum(p.numel() for p in group) for group in (student.parameters(), fake_parameters))
         data.start_log(args, state, f'[1/3] teacher of {a / 1e6:.2f} M parameters: {args.teacher}\n'
-                       f'[2/3] path of {args.nodes} nodes, {degraded / 1000:g} to {steps * args.batch / 1000:g} kimg: '
-                       f'degradation_loss should fall (with 0 nodes nothing is done here)\n'
-                       f'[3/3] student, {nimg / 1000:g} to {args.kimg:g} kimg: mismatch should fall at node 0, the '
-                       f'teacher; pictures of samples: {args.out}/grid-*.png', trained_parameters=a + b)
+                       f'[2/3] recording {args.nodes} nodes, {degraded / 1000:g} to {steps * args.batch / 1000:g} '
+                       f'kimg: degradation_loss should fall (--nodes 0 skips this)\n'
+                       f'[3/3] training the student, {nimg / 1000:g} to {args.kimg:g} kimg: mismatch should fall once '
+                       f'node is 0, the teacher; pictures of samples: {args.out}/grid-*.png', trained_parameters=a + b)
         if (args.nodes - 1) * args.node_kimg >= args.kimg:
             print('warning: this run ends before the teacher becomes the target: lower --nodes or --node-kimg')
     ruler = args.eval_images and fid.Ruler(
@@ -284,7 +284,7 @@ def train(args):
                 data.save_checkpoint(args.out, config, dict(degraded=degraded, nimg=0), parts)
                 saved = time.time()
             means = data.Means(degraded)
-    dist.barrier()  # guards the path's files
+    dist.barrier()  # wait until rank 0 has written the path's files
 
     # Stage 2, distribution backtracking (Alg. 2).
     node = 0  # the target is the teacher
@@ -310,7 +310,7 @@ def train(args):
         if done:
             break
 
-        # The target of the moment. Deviation: the released script loads it with strict=False, and no key matches.
+        # Load the current target. Deviation: the released script loads it with strict=False, and no key matches.
         if node != node_at(nimg, args.nodes, args.node_kimg):
             node = node_at(nimg, args.nodes, args.node_kimg)
             target.load_state_dict(edm_nets.load(f'{args.out}/path-{node:02d}.pt').state_dict(), strict=True)
@@ -322,7 +322,7 @@ def train(args):
 
         # Update the student (Eq. 8): it descends D_fake - D_target.
         samples = []  # x_0 of each round
-        for p in fake_parameters:  # the GAN term trains the student alone here
+        for p in fake_parameters:  # here the GAN term must train the student only
             p.requires_grad_(False)
         for rows in rounds:
             ddp_student.require_backward_grad_sync = rows is rounds[-1]
@@ -338,7 +338,7 @@ def train(args):
                     _, h = fake_score(x_t, sigma[rows], labels[rows], bottleneck=True)
                     logits = discriminator(h)
                 gan_loss = F.softplus(-logits.float()).mean()
-                loss = loss + args.gan_weight * x_0[0].numel() * gan_loss  # DMD2: mean over pixels
+                loss = loss + args.gan_weight * x_0[0].numel() * gan_loss  # DMD2 averages losses over pixels, we sum
                 means.add(gan_loss=gan_loss)
             (loss / len(rounds)).backward()
             samples.append(x_0.detach())

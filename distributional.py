@@ -3,14 +3,14 @@
 "Diffusion Models Are Innate One-Step Generators" (arXiv:2405.20750: GDD, and GDD-I with most convolutions frozen),
 from its ICML 2025 version on "Revisiting Diffusion Models: From Generative Pre-training to One-Step Generation"
 (arXiv:2506.09376: D2O, D2O-F), B. Zheng and T. Yang. Instance losses ask a one-step student to copy, image by image, a
-teacher that takes many steps; it cannot. Here the student is only asked to look like the data, and no teacher is
-called. Run here on shapes. Per step, with one batch of real images x:
-  1. Student: L_G = E[ softplus(-l(G(z))) ], the non-saturating GAN loss, l the logits of the discriminator.
+teacher that takes many steps, which it cannot do. Here the student's images only have to look like the data, and the
+teacher is never called. We trained on shapes only. A step takes one batch of real images x:
+  1. Student: L_G = E[ softplus(-l(G(z))) ], the non-saturating GAN loss. l are the logits of the discriminator.
   2. Discriminator: L_D = E[ softplus(-l(x)) + softplus(l(G(z'))) ], z' fresh.
-  3. Every 16th step, alone: 16 gamma / 2 E[ |grad_x sum l(x)|^2 ] (R1).
+  3. Discriminator again, every 16th step, as an update of its own: 16 gamma / 2 E[ |grad_x sum l(x)|^2 ] (R1).
 The discriminator is StyleGAN-XL's: small heads on frozen feature networks, whose maps are mixed by fixed random
-convolutions; or, with `unet`, heads on the encoder of the diffusion model itself, shown noised images, as in DMD2; or,
-with `energy`, all of its U-Net.
+convolutions. Two others see noised images: `unet` puts heads on the encoder of the diffusion model itself, as DMD2
+does, and `energy` uses its whole U-Net.
 
     paper                        here                       paper                      here
     g(x_T, T, 0), T = 80         one_step(student, z)       GDD-I, D2O-F               --freeze 1
@@ -46,14 +46,14 @@ import edm_nets
 import fid
 
 # ----------------------------------------------------------------------------------------------------
-# Settings. The rows of real data are the authors' released commands (their tables could not be read); none was run for
-# more than a few steps. --freeze is on where the paper's best figure has it. --d-lr is the rate before StyleGAN2's
+# Settings. The rows of real data are the authors' released commands (we could not read their tables). We ran them for a
+# few steps only. --freeze is 1 where GDD-I has the paper's best FID. --d-lr is the learning rate before StyleGAN2's
 # correction for lazy R1. batch_gpu is an estimate of what fits into 80 GB. The authors stopped at the snapshot with the
 # lowest FID, after 5 to 9 million images.
 # Deviation: they sum the loss over the images of a GPU and average R1. We average both. Adam sees the scale of the loss
-# by its eps of 1e-8 alone, so their gamma of 1e-4 on four GPUs is our 1e-4 / (batch / 4) = 4e-4 / batch.
+# only through its eps of 1e-8, so their gamma of 1e-4 on four GPUs equals our 1e-4 / (batch / 4) = 4e-4 / batch.
 #
-# With U-Nets as backbones gamma is 1. They were tried on `shapes` alone, whose row is our choice. Its sigma_init is 2.5
+# With U-Nets as backbones, gamma is 1. We tried them on `shapes` only. Its row is our choice, with a sigma_init of 2.5
 # because the small teacher was hardly trained at 80.
 
 REAL = dict(sigma_init=80, decay=0.0, eval_images=10_000, snapshot_kimg=250, status_kimg=10)
@@ -77,7 +77,7 @@ def parse_args(argv=None):
     positive = edm_nets.positive
     parser, p, evaluation = edm_nets.common_flags('distributional', __doc__, PRESETS, argv)
     p.add_argument('--freeze', type=int, choices=[0, 1],
-                   help='1: most convolutions of the student stay as they are (GDD-I); 0: none (GDD) (%(default)s)')
+                   help='1: freeze most convolutions of the student (GDD-I); 0: freeze nothing (GDD) (%(default)s)')
     p.add_argument('--backbones', nargs='+', choices=[*UNETS, *FEATURES],
                    help='networks whose features the discriminator judges %(default)s')
     p.add_argument('--features-dir', metavar='FOLDER',
@@ -93,9 +93,9 @@ def parse_args(argv=None):
     p.add_argument('--noise', type=float, nargs=2, metavar=('MEAN', 'STD'), default=(0.0, 1.6),
                    help='mean and standard deviation of ln sigma of the noise that U-Net backbones see %(default)s')
     evaluation.add_argument('--teacher-student-fd', type=int, nargs='+', metavar='STEPS', default=[],
-                            help='after training, compare the student with the teacher, sampled in so many Heun steps')
+                            help='after training, compare the student with a teacher that takes this many Heun steps')
     evaluation.add_argument('--activations', action='store_true',
-                            help='after training, tell which layer is active at which noise level')
+                            help='after training, measure which layers are active at which noise level')
     args = parser.parse_args(argv)
     if args.r1_gamma is None:
         args.r1_gamma = 1.0 if set(args.backbones) <= set(UNETS) else 4e-4 / args.batch
@@ -104,23 +104,23 @@ def parse_args(argv=None):
     return args
 
 # ----------------------------------------------------------------------------------------------------
-# The method. Images are float32 [N, C, R, R] in [-1, 1]; logits are a list, one [N, J_k] for each backbone, J_k
-# patches of four scales; from `unet` one for each resolution, from `energy` one.
+# The method. Images are float32 [N, C, R, R] in [-1, 1]; logits are a list with one tensor [N, J_k] for each backbone.
+# J_k is the number of patches at four scales; for `unet` it is the number of resolutions, for `energy` it is 1.
 
 
 def generator_loss(fake_logits, form):
     """GAN loss, mean over patches and images, summed over backbones -> scalar.
 
-    'ns': non-saturating (Goodfellow et al. 2014), as published. 'linear': E[-l], with projected backbones the recipe of
-    DMAD (arXiv:2610.02188) without its teacher head.
+    'ns': non-saturating (Goodfellow et al. 2014), as published. 'linear': E[-l]. With projected backbones this is the
+    recipe of DMAD (arXiv:2610.02188) without its teacher head.
 
-    Deviation: the published loss is the sum over the images of a GPU, so that its gamma depends on the number of GPUs.
+    Deviation: the published loss sums over the images of a GPU, which makes its gamma depend on the number of GPUs.
     """
     return sum((F.softplus(-l) if form == 'ns' else -l).mean() for l in fake_logits)
 
 
 def discriminator_loss(real_logits, fake_logits):
-    """-log D(real) - log(1 - D(fake)), reduced alike -> scalar; 2 ln 2 per backbone where nothing can be told."""
+    """-log D(real) - log(1 - D(fake)), reduced as in generator_loss -> scalar. Guessing gives 2 ln 2 per backbone."""
     return sum(F.softplus(-l).mean() for l in real_logits) + sum(F.softplus(l).mean() for l in fake_logits)
 
 
@@ -138,8 +138,8 @@ def frozen_by_gdd_i(name):
     """Whether GDD-I freezes the parameter of EDMPrecond of this name.
 
     Frozen: both 3x3 convolutions of every block, and the output projection of its attention. Trained: norms, `affine`
-    (which brings in the noise level), `qkv`, `skip`, `aux_residual`, the first and last layer, the maps of noise level
-    and label. On the CIFAR-10 network 84.4 % are frozen, at 64 px 83.8 %, of ADM 78.8 %; the abstract says 85 %.
+    (which brings in the noise level), `qkv`, `skip`, `aux_residual`, the first and last layer, the layers that embed
+    noise level and label. This freezes 84.4 % of the CIFAR-10 network, 83.8 % at 64 px, 78.8 % of ADM (abstract: 85 %).
     """
     return re.search(r'\.\d+x\d+_(block\d+|up|down|in\d)\.(conv0|conv1|proj)\.', name) is not None
 
@@ -155,7 +155,7 @@ def draw_noise(shape, generator, P_mean, P_std):
 
 
 class Projection(nn.Module):
-    """What a head looks at: a feature network, its maps mixed by random convolutions. Nothing here is ever trained.
+    """The input of the heads: a feature network, then random convolutions that mix its maps. Nothing in it is trained.
 
     They mix across channels, then across scales, from coarse to fine (Projected GANs, Sauer et al. 2021; StyleGAN-XL).
     """
@@ -221,8 +221,8 @@ class GlobalBatchNorm(nn.Module):
 def projected_head(c, size, out):
     """Halve the nominal `size` down to 8 px, then one 4x4 convolution: [N, c, r, r] -> [N, out, r', r'].
 
-    Deviation: torch's spectral norms start from 15 power iterations, the published ones from one: for some five steps
-    those are too small.
+    Deviation: torch's spectral norms start with 15 power iterations. The published ones start with one, and are too
+    small for about five steps.
     """
     layers = []
     while size > 8:
@@ -233,9 +233,9 @@ def projected_head(c, size, out):
 
 
 class ProjectedHeads(nn.Module):
-    """The four heads on a Projection, 10.3 M parameters without classes; with, Miyato 2018's projection discriminator.
+    """The four heads on a Projection, of 10.3 M parameters; with classes, also Miyato 2018's projection discriminator.
 
-    class_means [label_dim, E]: what the class embeddings, one per head and trained, start from.
+    class_means [label_dim, E]: initial value of the class embeddings. Each head trains its own.
     """
 
     def __init__(self, class_means=None):
@@ -266,7 +266,7 @@ class ProjectedHeads(nn.Module):
 
 
 class Discriminator(nn.ModuleDict):
-    """All that is trained of the discriminator, by backbone: {'energy': UNetCritic, 'vgg': ProjectedHeads, ...}."""
+    """The trained part of the discriminator, by backbone: {'energy': UNetCritic, 'vgg': ProjectedHeads, ...}."""
 
     def forward(self, *views, labels, one_hot):
         """For each of `views` (what `look` returns), a list of logits [N, J], one for each backbone.
@@ -287,10 +287,10 @@ def look(images, projections, noise):
 
 @torch.no_grad()
 def class_means(projection, dataset, per_class=50, batch=32):
-    """Mean over images and pixels of the deepest features of the dataset's own classes -> float32 [label_dim, E].
+    """Deepest features of each class of the dataset, averaged over images and pixels -> float32 [label_dim, E].
 
-    From about `per_class` images of each class, at most 10,000 in all; a class that is not among them gets the mean of
-    all. Deviation: the published code has EfficientNet's means over ImageNet for every network and data set.
+    It uses about `per_class` images of each class, at most 10,000 in all. A class without an image gets the mean of all
+    images. Deviation: the published code uses EfficientNet's means over ImageNet for every network and data set.
     """
     device = next(projection.parameters()).device
     indices, _ = data.batch_order(0, 0, min(per_class * dataset.label_dim, 10_000, len(dataset)), len(dataset))
@@ -303,10 +303,10 @@ def class_means(projection, dataset, per_class=50, batch=32):
 
 
 def make_discriminator(args, teacher, dataset, device):
-    """(Discriminator, {backbone: Projection}) of --backbones, on the device. Collective: the first rank fetches.
+    """(Discriminator, {backbone: Projection}) of --backbones, on the device. Collective: the first rank downloads.
 
-    Deviation: the papers have no U-Nets here. `unet` is DMD2's, but with heads on all resolutions, and its encoder
-    learns from the GAN loss, having no other.
+    Deviation: the papers use no U-Net as discriminator. `unet` is DMD2's, but with heads on all resolutions, and only
+    the GAN loss trains its encoder.
     """
     parts, projections = {}, nn.ModuleDict()
     for name in args.backbones:
@@ -315,7 +315,7 @@ def make_discriminator(args, teacher, dataset, device):
             parts[name] = critic.to(memory_format=torch.channels_last)
             continue
         if teacher.img_channels != 3:
-            raise ValueError(f'--backbones {name} looks at RGB images, not at {teacher.img_channels} channels')
+            raise ValueError(f'--backbones {name} needs RGB, not {teacher.img_channels} channels: use unet or energy')
         network = data.rank0_first(feature_network, name, args.features_dir)
         projections[name] = Projection(network).to(device, memory_format=torch.channels_last)
         parts[name] = ProjectedHeads(class_means(projections[name], dataset) if teacher.label_dim else None)
@@ -372,7 +372,7 @@ def train(args):
     dataset = data.rank0_first(data.open_dataset, args.dataset, args.data)
     args.teacher = args.teacher or edm_nets.shapes_teacher()
 
-    # Networks. The student has no dropout. Deviation: EDM's preconditioning, without the published one's small eps.
+    # Networks. The student has no dropout. Deviation: the preconditioning is EDM's, without the authors' small eps.
     student = edm_nets.open_teacher(args.teacher, dataset)
     torch.manual_seed(args.seed)
     discriminator, projections = make_discriminator(args, student, dataset, device)
@@ -385,7 +385,7 @@ def train(args):
         edm_nets.compile_networks(student)
     wrap = functools.partial(DDP, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
     ddp_student, ddp_discriminator = wrap(student), wrap(discriminator)
-    warnings.filterwarnings('ignore', message='Grad strides do not match')  # R1: of weights with one row, harmless
+    warnings.filterwarnings('ignore', message='Grad strides do not match')  # from R1 on weights with one row; harmless
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=args.lr, betas=(0.0, 0.99), fused=True)
     # R1 takes extra optimizer steps; Adam's rate and beta are adjusted to make up for them, as in StyleGAN2.
@@ -406,9 +406,9 @@ def train(args):
         a, b, c = (sum(p.numel() for p in group) for group in (
             trained, student.parameters(), discriminator.parameters()))
         data.start_log(args, state, f'[1/2] teacher of {b / 1e6:.2f} M parameters: {args.teacher}\n'
-                       f'[2/2] student ({1 - a / b:.2%} frozen) against a discriminator of {c / 1e6:.2f} M on '
-                       f'{" + ".join(args.backbones)}, {nimg / 1000:g} to {args.kimg:g} kimg: the score should fall; '
-                       f'pictures of samples: {args.out}/grid-*.png', trained_parameters=a + c)
+                       f'[2/2] training the student ({1 - a / b:.2%} frozen) against a discriminator of {c / 1e6:.2f} '
+                       f'M parameters on {" + ".join(args.backbones)}, {nimg / 1000:g} to {args.kimg:g} kimg: the '
+                       f'score should fall; pictures of samples: {args.out}/grid-*.png', trained_parameters=a + c)
     ruler = args.eval_images and fid.Ruler(
         dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
     shape = [args.batch, student.img_channels, student.img_resolution, student.img_resolution]  # of the global batch
@@ -436,8 +436,8 @@ def train(args):
         if done:
             break
 
-        # Only the student runs in bf16, the discriminator in float32, on a GPU with TF32: in bf16 the gradient that the
-        # student gets through EfficientNet has a cosine of 0.75 with float32's, with TF32 of 0.976 (CIFAR-10 images).
+        # Only the student runs in bf16. The discriminator runs in float32, on a GPU in TF32. The student's gradient
+        # through EfficientNet has a cosine with float32's of 0.75 in bf16, and of 0.976 in TF32 (CIFAR-10 images).
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.precision == 'bf16'
 
         # Random numbers, real images and labels of this step, for the global batch; this rank takes its rows.
@@ -448,7 +448,7 @@ def train(args):
         labels = data.to_device(dataset.labels(indices), device).clamp(max=classes - 1)  # 0 where there are no classes
         one_hot = F.one_hot(labels, classes)
 
-        # Update the student, not through the discriminator's DDP: its weights get no gradient here.
+        # Update the student. The discriminator is called without DDP, because its weights get no gradient here.
         discriminator.requires_grad_(False)
         for rows in rounds:
             discriminator.train(rows is rounds[0])  # the spectral norms iterate in the first round alone
@@ -485,7 +485,7 @@ def train(args):
         d_optimizer.step()
         d_optimizer.zero_grad(set_to_none=True)
 
-        # R1, every so many steps, on the same real images. Its gradient passes through the frozen feature networks.
+        # R1 on the same real images, every --r1-interval steps. Its gradient flows through the frozen feature networks.
         if args.r1_gamma and nimg and (nimg // args.batch) % args.r1_interval == 0:
             for rows, real in zip(rounds, reals):
                 discriminator.train(rows is rounds[0])
@@ -495,9 +495,9 @@ def train(args):
                     view = look(real, projections, [part[rows] for part in d_noise])
                     [real_logits] = ddp_discriminator(view, labels=labels[rows], one_hot=one_hot[rows])
                 penalty = r1_penalty(real_logits, real)
-                unseen = 0 * sum(l.sum() for l in real_logits)  # for DDP: R1 does not depend on the last biases
+                unseen = 0 * sum(l.sum() for l in real_logits)  # DDP needs all weights; R1 leaves out the last biases
                 loss = args.r1_interval * args.r1_gamma / 2 * penalty + unseen
-                (loss / len(rounds)).backward(inputs=list(discriminator.parameters()))  # and not the images
+                (loss / len(rounds)).backward(inputs=list(discriminator.parameters()))  # no gradient for the images
                 means.add(r1_penalty=penalty)
             d_optimizer.step()
             d_optimizer.zero_grad(set_to_none=True)
@@ -510,10 +510,10 @@ def train(args):
 
 
 def teacher_student_fd(args, teacher, student, dataset, device):
-    """Distances teacher - data, student - data and teacher - student, for each number of teacher steps; also a file.
+    """Print and save the distances teacher-data, student-data and teacher-student, for each number of teacher steps.
 
-    The paper's argument against instance losses: both can be close to the data while they are far from each other, the
-    farther the more steps the teacher takes. Teacher and student start from the same latents.
+    The paper's argument against instance losses is that teacher and student can both be close to the data and still far
+    from each other, and farther if the teacher takes more steps. Both start from the same latents.
     """
     ruler = fid.Ruler(dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
 
@@ -536,7 +536,7 @@ def layer_activity(net, x, sigma, labels):
 
     Layers: `conv1` and `proj`, the last of a block's residual branch and of its attention. x: noisy [N, C, R, R].
     """
-    sizes, activity = {}, {}  # of every layer's output, its rms
+    sizes, activity = {}, {}  # sizes: rms of every layer's output
 
     def keep(name, module, inputs, output):
         sizes[name] = float(output.square().mean().sqrt())
@@ -556,10 +556,10 @@ def layer_activity(net, x, sigma, labels):
 
 
 def activations(args, teacher, student, dataset, device, images=64):
-    """activations.txt: which layer of the diffusion model works at which noise level, and in the one-step student.
+    """Write activations.txt: which layers work at which noise level in the diffusion model, and which in the student.
 
     Rows are layers. The first columns are the teacher on noised data, by noise level; `before` (teacher) and `after`
-    (student) are one step from pure noise. Values are divided by the row's largest of the first columns. Our protocol.
+    (student) are one step from pure noise. Rows are divided by the largest of the first columns. The protocol is ours.
     """
     indices, _ = data.batch_order(args.seed, 0, images, len(dataset))
     x_0 = data.load_images(dataset, indices, device)
@@ -597,7 +597,7 @@ def main(argv=None):
 
 
 def same_pad(x, kernel, stride):
-    """TensorFlow's SAME padding of [N, C, H, W], of even H and W if stride is 2: more at the right and below."""
+    """TensorFlow's SAME padding of [N, C, H, W], more at the right and below. For stride 2, H and W must be even."""
     pad = [(kernel - stride) // 2, (kernel - stride + 1) // 2]
     return F.pad(x, pad + pad)
 
@@ -727,26 +727,26 @@ FEATURES = {  # the network, and its public weights; their SHA-256 begins with t
 
 
 def feature_network(backbone, folder=None):
-    """A frozen feature network with its public weights, on the CPU. Raises OSError; ValueError for another file.
+    """A frozen feature network with its public weights, on the CPU. Raises OSError; ValueError for a wrong file.
 
-    The weight file is looked for in `folder` if there is one; else it is fetched once into the cache.
+    The weight file is read from `folder` if this is given. Otherwise it is downloaded once into the cache.
     """
     network, url = FEATURES[backbone]
     path = f'{folder}/{os.path.basename(url)}' if folder else \
         data.download(url, data.cache_path(url), sha256=url.rsplit('-', 1)[1][:8])
     if not os.path.exists(path):
-        raise FileNotFoundError(f'{path} not found: it is at {url}')
+        raise FileNotFoundError(f'{path} not found: it is at {url}, download it into --features-dir')
     with open(path, 'rb') as f:
         digest = hashlib.file_digest(f, 'sha256').hexdigest()
     if not digest.startswith(str(path).rsplit('-', 1)[1][:8]):
-        raise ValueError(f'{path} is damaged: its SHA-256 is {digest[:8]}...; delete it')
+        raise ValueError(f'{path} is damaged: its SHA-256, {digest[:8]}..., is not the one in its name; delete it')
     net = network()
     try:
         own, state = net.state_dict(), torch.load(path, map_location='cpu', weights_only=True)
-        state = state.get('model', state)  # DeiT's is one level down
+        state = state.get('model', state)  # DeiT's file has the weights under this key
         net.load_state_dict({k: v if k.startswith('resize.') or k.endswith('num_batches_tracked') else state[k]
                              for k, v in own.items()})
-    except Exception as error:  # whatever a file that is not the weights can provoke; told in one line
+    except Exception as error:  # a wrong file can cause any error; report it in one line
         raise ValueError(f'{path} does not hold the weights of {backbone}: {" ".join(str(error).split())}') from None
     return net.eval().requires_grad_(False)
 

@@ -104,7 +104,7 @@ class FusedDownConv2d(nn.Conv2d):
 class GroupNorm(nn.GroupNorm):
     """Group norm in the dtype of its input, as in EDM; the kernels sum in float32.
 
-    Under CUDA's autocast torch's own would return float32, and the graph of a bf16 step keep 1.7 times as much.
+    Under CUDA's autocast, torch.nn.GroupNorm would return float32, and a bf16 step would keep 1.7 times as much memory.
     """
 
     def __init__(self, channels, eps):
@@ -191,7 +191,7 @@ class UNet(nn.Module):
     """Encoder and decoder, the same for DDPM++, NCSN++ and ADM; the sub-classes add `embed` and `output`."""
 
     def build(self, res, in_channels, width, channel_mult, num_blocks, attn_resolutions, aux_taps=None, **block):
-        """Fill `enc` and `dec`; returns the last width. In the decoders of Song et al. only the last block attends."""
+        """Fill `enc` and `dec`; returns the last width. In Song's decoders, only a level's last block has attention."""
         if res % 2 ** (len(channel_mult) - 1):
             raise ValueError(f'{res} px cannot be halved {len(channel_mult) - 1} times: channel_mult is too long')
         self.enc, widths, c_aux = nn.ModuleDict(), [], in_channels
@@ -229,7 +229,7 @@ class UNet(nn.Module):
             emb = self.embed(c_noise, class_labels, augment_labels)
         skips, aux = [], x
         for name, layer in self.enc.items():
-            if name.endswith('aux_residual'):  # NCSN++: the shrunk image joins in and replaces the last activation
+            if name.endswith('aux_residual'):  # NCSN++ adds the shrunk image; the sum replaces the last activation
                 x = aux = skips[-1] = (x + layer(aux)) * 0.5 ** 0.5
             else:
                 x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
@@ -255,7 +255,7 @@ class SongUNet(UNet):
         super().__init__()
         if embedding_type not in ('positional', 'fourier') or encoder_type not in ('standard', 'residual') \
                 or decoder_type != 'standard' or list(resample_filter) not in ([1, 1], [1, 3, 3, 1]):
-            raise ValueError('not of the official networks: '
+            raise ValueError('expected the options of an official network, not '
                              f'{embedding_type=}, {encoder_type=}, {decoder_type=}, {resample_filter=}')
         emb, noise = model_channels * channel_mult_emb, model_channels * channel_mult_noise
         self.map_noise = NoiseEmbedding(noise, fourier=embedding_type == 'fourier', endpoint=True)
@@ -321,8 +321,8 @@ class DhariwalUNet(UNet):
 class EDMPrecond(nn.Module):
     """The denoiser D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (EDM Eq. 7, Table 1 right column).
 
-    Takes the official constructor arguments. `use_fp16` and `label_dropout` are ignored.
-    `kwargs` holds the arguments, `sigma_init` the noise level at which a one-step student is called (None: a teacher).
+    It takes the official constructor arguments and keeps them in `kwargs`. `use_fp16` and `label_dropout` are ignored.
+    `sigma_init` is the noise level at which a one-step student is called, or None for a teacher.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=0, sigma_max=float('inf'),
@@ -362,13 +362,13 @@ class EDMPrecond(nn.Module):
 class UNetCritic(nn.Module):
     """EDM's U-Net as a critic of noised images: the log ratio of teacher_free.py, a discriminator of distributional.py.
 
-    kind 'energy': the whole U-Net. Its number is a quadratic form of its output F_x and its input x = c_in x_t,
+    kind 'energy': the whole U-Net. It returns a quadratic form of its output F_x and its input x = c_in x_t,
 
         l = sqrt(d) (a_1 [x F_x] + a_2 [F_x^2] + a_3 [x^2] + a_0),    [.] the mean of an image's d numbers, a = a(sigma)
 
-    which contains -|x_t - D_x|^2, the energy of "Should EBMs model the energy or the score?" (Salimans and Ho 2021).
-    kind 'encoder': the encoder alone, with a head on the last activation of every resolution, as in FastGen, one number
-    each. No head has a normalisation, because R1 needs the size of the features.
+    A special case is -|x_t - D_x|^2, the energy of "Should EBMs model the energy or the score?" (Salimans and Ho 2021).
+    kind 'encoder': the encoder alone. As in FastGen, the last activation of each resolution has a head, which returns
+    one number. No head has a normalisation, because R1 needs the size of the features.
     """
 
     def __init__(self, kind, img_resolution, img_channels, label_dim, model_type, sigma_data=0.5, **model_kwargs):
@@ -390,7 +390,7 @@ class UNetCritic(nn.Module):
                 maps = self.pyramid(x, torch.zeros([1]), torch.zeros([1, label_dim]))
             self.heads = nn.ModuleList(self.make_head(h.shape[1], h.shape[2]) for h in maps)
         for p in (p for head in self.heads for p in head[-1].parameters()):
-            nn.init.zeros_(p)  # at first l = 0: nothing is known
+            nn.init.zeros_(p)  # l is 0 before training
 
     @staticmethod
     def make_head(c, size):
@@ -436,9 +436,9 @@ def copy_weights(model, teacher, output=True):
 
 
 def make_critic(kind, teacher, weights='teacher', **changes):
-    """A UNetCritic of the teacher's size but for `changes`; its U-Net never has dropout.
+    """A UNetCritic with the teacher's arguments, except for `changes`. Its U-Net never has dropout.
 
-    weights: 'teacher', all of the teacher's; 'features', all but the output layer; 'random', none.
+    weights: 'teacher' copies all weights of the teacher, 'features' all but the output layer, and 'random' none.
     """
     kwargs = {k: v for k, v in teacher.kwargs.items() if k not in ('sigma_min', 'sigma_max')}
     critic = UNetCritic(**dict(kwargs, kind=kind, dropout=0, label_dropout=0, augment_dim=0, **changes))
@@ -448,9 +448,9 @@ def make_critic(kind, teacher, weights='teacher', **changes):
 
 
 def compile_networks(*nets):
-    """torch.compile, in place, with static shapes: another batch size gets its own graphs, not slower dynamic ones."""
+    """Compile networks in place with static shapes: each batch size gets its own graphs, not slower dynamic ones."""
     torch._dynamo.config.recompile_limit = 64  # all networks share a forward(); past the limit it would run uncompiled
-    torch._dynamo.config.optimize_ddp = False  # or the graph is cut at every bucket of DDP, 47 times for ADM
+    torch._dynamo.config.optimize_ddp = False  # True cuts the graph at every bucket of DDP, 47 times for ADM
     for net in nets:
         net.compile(dynamic=False)
 
@@ -486,15 +486,15 @@ def load(path_or_url):
         if zipfile.is_zipfile(path):  # torch.save
             content = torch.load(path, map_location='cpu', weights_only=True)
             if not isinstance(content, dict) or 'net_kwargs' not in content:
-                raise ValueError('it is a checkpoint: give teacher-*.pt or student-*.pt beside it'
+                raise ValueError('it is a checkpoint: give the teacher-*.pt or student-*.pt beside it'
                                  if isinstance(content, dict) and 'config' in content else
-                                 'it is not what edm_nets.save writes: a bare state dict?')
+                                 'it is not what edm_nets.save writes; it may be a bare state dict')
             kwargs, state, sigma_init = (content[key] for key in ('net_kwargs', 'net', 'sigma_init'))
         else:
             kwargs, state, sigma_init = *read_official_pickle(path), None
         if kwargs.get('num_blocks', 0) > 64 or len(kwargs.get('channel_mult', ())) > 16:
-            raise ValueError('the recorded network is absurdly deep')
-        with torch.device('meta'):  # no memory until the shapes are known to agree
+            raise ValueError('the network is too deep: expected at most 64 blocks per resolution and 16 resolutions')
+        with torch.device('meta'):  # takes no memory before the shapes are known to agree
             net = EDMPrecond(**kwargs)
         net.load_state_dict(state, strict=True, assign=True)
         for name, x in net.state_dict().items():
@@ -502,13 +502,13 @@ def load(path_or_url):
                 raise ValueError(f'{name} is not made of finite floating-point numbers')
         if not 0 < (1 if sigma_init is None else sigma_init) < 1e6:
             raise ValueError(f'sigma_init {sigma_init}: expected a noise level, or None for a teacher')
-    except Exception as error:  # whatever a damaged or hostile file can provoke; told in one line, never hidden
+    except Exception as error:  # a damaged or hostile file can cause any exception; it is reported in one line
         if isinstance(error, (MemoryError, OSError)) or 'allocate memory' in str(error):
             raise
         reason = explain(path, error)
-        if path != Path(path_or_url):  # fetched: do not keep what is no network
+        if path != Path(path_or_url):  # a fetched file that is no network is not kept
             path.unlink(missing_ok=True)
-            reason += '; removed from the cache'
+            reason += '; the file was removed from the cache'
         raise ValueError(f'cannot load {path_or_url}: {reason}') from None
     net.sigma_init = sigma_init
     return net.float().eval().requires_grad_(False)
@@ -524,18 +524,18 @@ def explain(path, error):
         if start.startswith(beginning):
             return what
     if start.startswith(b'pk') and ('record' in reason or not zipfile.is_zipfile(path)):
-        return 'it is a zip file that torch.save has not written, or a part of one: is it whole?'
+        return 'it is a zip file that torch.save did not write, or it is incomplete: check its size'
     if not start.startswith((b'pk', b'\x80')):
         return 'it is neither a .pt of this project nor an official .pkl' if start else 'it is empty'
     if reason.startswith('Weights only load failed'):
-        return 'it holds other objects than tensors; of a training with EDM, network-snapshot-*.pkl is the network'
-    if reason.startswith('Error(s) in loading'):  # one line for each kind of fault, which lists all keys
+        return 'it holds other objects than tensors; from an EDM training give network-snapshot-*.pkl'
+    if reason.startswith('Error(s) in loading'):  # each line lists all keys with one kind of fault: return the first
         return reason.split('\n')[1].strip().split('", "')[0].rstrip('. ')
     return reason.split('\n')[0]
 
 
 class Recorded:
-    """Stand-in for an object in an official pickle: the name of its class and its attributes, nothing of its code."""
+    """Stand-in for an object in an official pickle. It has the class name and the attributes, but none of the code."""
 
     def __init__(self, meta=None, *_):
         if isinstance(meta, dict):
@@ -556,7 +556,7 @@ class Recorded:
 
 
 class OfficialUnpickler(pickle._Unpickler):
-    """The pure-Python unpickler, whose memo cannot be blown up. It knows stand-ins of our own and plain containers."""
+    """The pure-Python unpickler, whose memo cannot be made huge. It accepts only our stand-ins and plain containers."""
 
     def find_class(self, module, name):
         name = f'{module}.{name}'.replace('numpy._core', 'numpy.core')
@@ -575,9 +575,9 @@ class OfficialUnpickler(pickle._Unpickler):
         raise ValueError('refused: the pickle has a persistent id')
 
     @staticmethod
-    def storage(content):  # originally torch.load(weights_only=False), a second way in
+    def storage(content):  # torch's own calls torch.load(weights_only=False), which can run code
         if content[:2] == b'PK':
-            raise ValueError('refused: a tensor storage in zip format')
+            raise ValueError('refused: the pickle has a tensor storage in zip format')
         return torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
 
     @staticmethod
@@ -595,7 +595,7 @@ def read_official_pickle(path):
     content = OfficialUnpickler(io.BytesIO(Path(path).read_bytes())).load()
     net = content.get('ema') if isinstance(content, dict) else content
     if getattr(net, 'class_name', None) != 'EDMPrecond':
-        raise ValueError(f"no EDMPrecond under 'ema', but {getattr(net, 'class_name', type(net).__name__)}")
+        raise ValueError(f"expected an EDMPrecond under 'ema', not {getattr(net, 'class_name', type(net).__name__)}")
     interface = 'img_resolution img_channels label_dim use_fp16 sigma_min sigma_max sigma_data model_type'.split()
     kwargs = dict(zip(interface, net.state.get('_init_args', ()))) | dict(net.state['_init_kwargs'])
     return kwargs, collections.OrderedDict(net.tensors())
@@ -658,7 +658,7 @@ class ImageSeeds:
 
 @torch.no_grad()
 def generate(net, seeds, num_steps=None, class_idx=None, batch=256, **sampler):
-    """Images of a network, in the random numbers and order of EDM's generate.py.
+    """Generate images with the same random numbers, in the same order, as EDM's generate.py.
 
     seeds: one int per image. num_steps: Heun steps, or None for the one-step sampler at `net.sigma_init`.
     Labels are drawn per image unless `class_idx` is given. Returns uint8 [N, C, R, R] on the CPU.
@@ -676,7 +676,7 @@ def generate(net, seeds, num_steps=None, class_idx=None, batch=256, **sampler):
     return torch.cat(images)
 
 # ----------------------------------------------------------------------------------------------------
-# The flags that every script that trains has.
+# The flags that all training scripts share.
 
 
 def positive(kind):
@@ -719,7 +719,7 @@ def common_flags(script, description, presets, argv):
     p.add_argument('--kimg', type=positive(float), help='length of the training, in thousands of images (%(default)s)')
     p.add_argument('--batch', type=positive(int), metavar='IMAGES', help='images per step, over all GPUs (%(default)s)')
     p.add_argument('--batch-gpu', type=positive(int), metavar='IMAGES', help='images that a GPU works on at a time; '
-                   f'fewer need less memory, same result ({presets[dataset].get("batch_gpu", "all of its share")})')
+                   f'fewer save memory, with the same result ({presets[dataset].get("batch_gpu", "all of its share")})')
     p.add_argument('--lr', type=positive(float),
                    help=f'learning rate{" of the student" * (script != "teacher")} (%(default)s)')
     p.add_argument('--seed', type=int, default=0, help='seed of all random numbers (%(default)s)')
@@ -773,8 +773,8 @@ def update_ema(ema, net, nimg, batch, ema_kimg):
 
 P_mean, P_std = -1.2, 1.2  # ln sigma ~ N(P_mean, P_std^2), EDM Table 1
 
-# EDM Table 7 and the official train.py; batch_gpu is for 40 GB; the row `shapes` was chosen here. Deviation: EDM
-# augments CIFAR-10, FFHQ and AFHQv2 geometrically and tells the network; here images are only mirrored (xflip).
+# The settings are those of EDM Table 7 and its train.py. batch_gpu is meant for 40 GB. We chose the row `shapes`.
+# Deviation: EDM augments CIFAR-10, FFHQ and AFHQv2 geometrically and tells the network how. We only mirror (xflip).
 SMALL = dict(model_type='SongUNet', channels=16, channel_mult=[1, 2, 2], blocks=1, attention=[4])
 DDPMPP = dict(model_type='SongUNet', channels=128, channel_mult=[2, 2, 2], blocks=4, attention=[16])
 DDPMPP64 = dict(DDPMPP, channel_mult=[1, 2, 2, 2])
@@ -809,7 +809,7 @@ def parse_train_args(argv):
     p.add_argument('--decay', type=float, metavar='SHARE',
                    help='last share of the run, over which the learning rate falls to zero (%(default)s)')
     p.add_argument('--dropout', type=float, metavar='P', help='dropout probability of the network (%(default)s)')
-    p.add_argument('--cond', type=int, choices=[0, 1], help='1: the network is told the class (%(default)s)')
+    p.add_argument('--cond', type=int, choices=[0, 1], help='1: the class is an input of the network (%(default)s)')
     p.add_argument('--channels', type=positive(int), help='base width of the network, a multiple of 4 (%(default)s)')
     p.add_argument('--channel-mult', type=positive(int), nargs='+', metavar='N',
                    help='width at each resolution, as a multiple of the base width %(default)s')
@@ -834,8 +834,8 @@ def make_network(args, resolution, label_dim):
 
 
 def train(args):
-    """Train a teacher, or continue, up to --kimg."""
-    # Initialize. --batch is global: this rank has the rows of `rounds`, one slice for each round of accumulation.
+    """Train a teacher, or continue its training, up to --kimg."""
+    # Initialize. --batch is global. `rounds` are this rank's rows of it, one slice for each round of accumulation.
     rank, world_size, device = setup()
     if args.batch % world_size:
         raise ValueError(f'--batch {args.batch} is not a multiple of the {world_size} processes')
@@ -866,8 +866,8 @@ def train(args):
     if rank == 0:
         parameters = sum(p.numel() for p in net.parameters())
         data.start_log(args, state, f'teacher of {parameters / 1e6:.2f} M parameters ({world_size} x {device.type}), '
-                       f'{nimg / 1000:g} to {args.kimg:g} kimg of {len(dataset)} images, {label_dim} classes: the loss '
-                       f'should fall; pictures of samples: {args.out}/grid-*.png', trained_parameters=parameters)
+                       f'trained from {nimg / 1000:g} to {args.kimg:g} kimg on {len(dataset)} images, {label_dim} '
+                       f'classes. The loss should fall. Samples: {args.out}/grid-*.png', trained_parameters=parameters)
 
     means, saved = data.Means(nimg), time.time()
     while True:
@@ -922,7 +922,7 @@ def train(args):
 def shapes_teacher(sigma=None):
     """The path of the small teacher on `shapes`: your own, or the shipped one. Collective.
 
-    With a `sigma`, that of its twin of one noise level. What is not there yet is trained here, once.
+    With a `sigma`, the path of a network that is trained at this noise level alone. A missing network is trained once.
     """
     args = parse_train_args(['--sigma', str(sigma)] if sigma else [])
     path = f'{args.out}/teacher-{int(args.kimg):06d}.pt'
@@ -931,15 +931,15 @@ def shapes_teacher(sigma=None):
         return str(shipped)
     if not os.path.exists(path):
         if dist.get_rank() == 0:
-            print(f'This needs {path}, which is trained now, once.', flush=True)
+            print(f'{path} is needed and does not exist yet. It is trained now, once.', flush=True)
         train(args)
     return path
 
 
 def open_teacher(path, dataset=None):
-    """`load`, first on one rank of each machine; `.fingerprint` tells the weights apart. Collective.
+    """`load` a teacher, first on one rank of each machine. Its `.fingerprint` identifies the weights. Collective.
 
-    Raises ValueError where the network does not fit the dataset (None: not compared).
+    Raises ValueError if the network does not fit `dataset`. Without a dataset nothing is compared.
     """
     net = data.rank0_first(load, path)
     # As in DMD2, the methods do not augment. Deviation: Diff-Instruct and SiD do, but not on ImageNet.
@@ -975,7 +975,7 @@ def sample(argv):
         net.sigma_init = args.sigma_init or net.sigma_init
         steps = args.steps or (18 if net.sigma_init is None else 1)
         if steps == 1 and net.sigma_init is None:
-            raise ValueError(f'{path} is no student: give --sigma-init, or more --steps')
+            raise ValueError(f'{path} is no student: give --sigma-init for one step, or give more --steps')
         if args.class_idx is not None and not 0 <= args.class_idx < net.label_dim:
             raise ValueError(f'--class {args.class_idx}: {path} has {net.label_dim} classes')
         panels[f'{path}, steps: {steps}'] = generate(net, seeds, None if steps == 1 else steps, args.class_idx)

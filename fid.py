@@ -1,11 +1,11 @@
-"""One ruler for all methods: Inception features, Fréchet distance (FID) and its companions, coverage of `shapes`.
+"""The same scores for all methods: FID, pixel-FD, precision, recall, Inception score (IS), and coverage of `shapes`.
 
     python fid.py score --net PATH_OR_URL --dataset cifar10 --num 50000    # a student in 1 step, a teacher in 18
     python fid.py ref --dataset cifar10 --out cifar10.npz                  # reference statistics in EDM's format
 
-FID follows EDM (arXiv:2206.00364): uint8 images, the Inception network of 2015, float64 statistics, and 50,000 images
-of the seeds 0 to 49999 against the whole training set. Published FIDs are minima over seeds or checkpoints. The same
-distance over raw pixels, for `shapes`, is always called pixel-FD.
+FID, the Fréchet distance, follows EDM (arXiv:2206.00364): 50,000 uint8 images of the seeds 0 to 49999 are compared
+with the whole training set, by float64 statistics of the Inception network of 2015. Published FIDs are minima over
+seeds or checkpoints. For `shapes`, the same distance over raw pixels is always called pixel-FD.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class Block(nn.ModuleDict):
     """Branches side by side, their ends concatenated: [N, c_in, R, R] -> [N, c_out, R', R'].
 
     branches: {name: [(channels, kernel), ...]}. Where two kernels are given, two convolutions read the same input.
-    The pooling stands before `branch_pool`. Where it is HALVE, each branch ends with stride 2.
+    `branch_pool` begins with the layer `pool`. If that is HALVE, each branch ends with stride 2.
     """
 
     def __init__(self, c_in, pool, branch_pool=(), **branches):
@@ -133,7 +133,7 @@ def inception_v3(path=None):
     net = InceptionV3()
     try:
         net.load_state_dict(torch.load(path, map_location='cpu', weights_only=True), strict=True)
-    except Exception as error:  # whatever a file that is not the weights can provoke; told in one line
+    except Exception as error:  # a wrong file can cause any exception; it is reported in one line
         reason = ' '.join(str(error).split())[:200]
         raise ValueError(f'{path} is not pt_inception-2015-12-05-6726825d.pth: {reason}') from None
     return fold(net)
@@ -158,12 +158,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a, dtype=torch.float64).cpu() for a in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != (len(mu1), len(mu1)):
-        raise ValueError(f'statistics of {len(mu1)} and {len(mu2)} features: made from other features?')
+        raise ValueError(f'statistics of {len(mu1)} and {len(mu2)} features: one was made from other features')
     if not all(a.isfinite().all() for a in (mu1, sigma1, mu2, sigma2)):
         raise ValueError('statistics are not finite')
     eps = torch.finfo(torch.float64).eps
 
-    def root(sigma):  # R [d, rank] with R R^T = sigma: Cholesky, or without the null space
+    def root(sigma):  # R [d, rank] with R R^T = sigma, by Cholesky or without the null space
         r, failed = torch.linalg.cholesky_ex(sigma)
         if failed or r.diagonal().min() ** 2 < sigma.diagonal().max() * len(sigma) * eps:
             w, v = torch.linalg.eigh(sigma)
@@ -178,7 +178,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def inception_score(logits, splits=10):
     """exp E KL(p(y|x) || p(y)) (Salimans et al., arXiv:1606.03498), mean of ten parts: logits [N, 1008] -> float.
 
-    Deviation: torch-fidelity shuffles the images before it parts them.
+    Deviation: torch-fidelity shuffles the images before it splits them.
     """
     scores = []
     for part in logits.double().tensor_split(splits):
@@ -191,10 +191,10 @@ def inception_score(logits, splits=10):
 def precision_recall(real, fake, k=3):
     """Improved precision and recall (Kynkäänniemi et al., arXiv:1904.06991, Eq. 1-2) -> two floats in [0, 1].
 
-    real, fake: features float [N, d], [M, d]. Deviation: they are those of the ruler, not VGG-16's, and of at most
-    PR_IMAGES images.
+    real, fake: features float [N, d], [M, d]. Deviation: the features are those of `Ruler`, not those of VGG-16,
+    and come from at most PR_IMAGES images.
     """
-    def covered(a, b):  # the share of a that is as close to some point of b as its k-th neighbour in b
+    def covered(a, b):  # the share of a that is as close to some point of b as that point's k-th neighbour in b
         radii = torch.cdist(b, b).kthvalue(k + 1, dim=1).values
         return float((torch.cdist(a, b) <= radii).any(1).double().mean())
 
@@ -204,8 +204,8 @@ def precision_recall(real, fake, k=3):
 def read_shapes(images, tolerance=0.35):
     """Recover what is drawn: uint8 [n, 3, 16, 16] -> kind int64 [n], colour int64 [n], valid bool [n].
 
-    The nearest of 48,552 clean drawings wins. Where it is further away than `tolerance` times its contrast (both as
-    root mean squares), the image shows no shape and is not valid.
+    The result is the nearest of 48,552 clean drawings. If its distance is over `tolerance` times its contrast (both
+    are root mean squares), the image shows no shape and is not valid.
     """
     place = np.arange(5.5, 9.6, 0.25)
     grid = np.meshgrid(range(4), place, place, np.arange(3.5, 5.1, 0.25), indexing='ij')
@@ -224,10 +224,10 @@ def read_shapes(images, tolerance=0.35):
 
 
 def shapes_coverage(images):
-    """Read kind and colour of each image of `shapes` back: uint8 [N, 3, 16, 16] -> dict of floats in [0, 1].
+    """Score images of `shapes` by what they show: uint8 [N, 3, 16, 16] -> dict of floats in [0, 1].
 
-    valid: share of images that show a shape at all. coverage: share of the 24 pairs of kind and colour that occur, with
-    at least a tenth of an equal share. tv: total-variation distance of the pairs from an equal share.
+    valid: share of images that show a shape at all. coverage: share of the 24 pairs of kind and colour that make up at
+    least a tenth of 1/24 of the valid images. tv: total-variation distance of the pairs from equal shares of 1/24.
     """
     kind, colour, valid = read_shapes(images)
     pairs = len(data.Shapes.kinds) * len(data.Shapes.colours)
@@ -271,15 +271,15 @@ def save_statistics(path, mu, sigma, **more):
 
 
 def load_statistics(path, d, fingerprint=None):
-    """(mu float64 [d], sigma float64 [d, d]) of an .npz file in EDM's format, of this `fingerprint` if one is given.
+    """(mu float64 [d], sigma float64 [d, d]) of an .npz file in EDM's format.
 
-    Raises OSError, or ValueError in one line where the file holds something else.
+    Raises OSError, or a one-line ValueError if the file holds something else or has another `fingerprint`.
     """
     try:
         with np.load(path) as file:
             mu, sigma = (np.asarray(file[key], np.float64) for key in ('mu', 'sigma'))
             found = str(file.get('fingerprint'))
-    except Exception as error:  # whatever a damaged or foreign file can provoke
+    except Exception as error:  # a damaged or foreign file can cause any exception
         if isinstance(error, (MemoryError, FileNotFoundError, PermissionError)):
             raise
         raise ValueError(f'{path} is no .npz with mu and sigma') from None
@@ -294,9 +294,9 @@ class Ruler:
     """Scores images against a reference: mean `mu` and covariance `sigma` of its features. Collective.
 
     features: 'inception' for FID, with weights from the file `inception` or fetched; 'pixels' for pixel-FD. The
-    reference is the whole `dataset`, or the .npz file `ref` (a path or URL) as it is; then `dataset` may be None, and
-    there is no precision and recall. The .npz file `cache` keeps what was measured; one of other data or features is
-    made anew. Raises ValueError for fewer than ten images, or an unfit `ref`.
+    reference is the whole `dataset`, or the .npz file `ref` (path or URL) as it is. With `ref`, `dataset` may be None;
+    then precision and recall are left out. The .npz file `cache` keeps the measured reference. A cache of other data or
+    features is replaced. Raises ValueError for fewer than ten images, or a `ref` that does not fit.
     """
 
     def __init__(self, dataset, features, device, inception=None, ref=None, cache=None):
@@ -316,7 +316,7 @@ class Ruler:
         try:
             self.mu, self.sigma = load_statistics(ref, self.d) if ref else self.reference(cache)
         except ValueError as error:
-            if ref != url:  # fetched: do not keep what is no reference
+            if ref != url:  # a fetched file that is no reference is not kept
                 ref.unlink(missing_ok=True)
             raise ValueError(f'{error} (from {url}; removed from the cache)' if ref != url else error) from None
 
@@ -343,17 +343,17 @@ class Ruler:
         return features, logits - self.net.fc.bias
 
     def measure(self, images_of, num, keep=False, batch=250):
-        """This process's Statistics of images_of(0 ... num-1). If `keep`, also, gathered from all processes in order:
-        [images (of `shapes` only), features of the first PR_IMAGES images, logits]; else an empty list."""
+        """Returns (this process's Statistics of images_of(0 ... num-1), list). If `keep`, the list is gathered in order
+        from all processes: [images (of `shapes` only), features of the first PR_IMAGES, logits]; else it is empty."""
         statistics, kept = Statistics(), []
-        statistics.add(torch.zeros([0, self.d], device=self.device))  # the shape, for a process without images
+        statistics.add(torch.zeros([0, self.d], device=self.device))  # sets the shape if a process has no images
         for start in range(self.rank * batch, num, self.world_size * batch):
             images = images_of(np.arange(start, min(start + batch, num)))
             features, logits = self.features(images)
             statistics.add(features)
             if keep:
                 shapes = (images if isinstance(self.dataset, data.Shapes) else images[:0]).clone().cpu()
-                few = features[:max(PR_IMAGES - start, 0)].clone().cpu()  # of a view, gathering would send all
+                few = features[:max(PR_IMAGES - start, 0)].clone().cpu()  # gathering a view would send all of it
                 kept.append((start, shapes, few, logits.cpu()))
         if keep and self.world_size > 1:
             everyone = [None] * self.world_size
@@ -372,8 +372,8 @@ class Ruler:
         mu, sigma, n = statistics.result()
         scores = {self.name: frechet_distance(mu, sigma, self.mu, self.sigma), 'images': n}
         few = min(n, PR_IMAGES, len(self.dataset or ()))
-        if few and (self.real is None or len(self.real) != few):  # the same at every scoring of a run
-            chosen = np.random.default_rng(0).permutation(len(self.dataset))[:few]  # folders are sorted by class
+        if few and (self.real is None or len(self.real) != few):  # measured once in a run
+            chosen = np.random.default_rng(0).permutation(len(self.dataset))[:few]  # as folders are sorted by class
             _, (_, real, _) = self.measure(lambda i: self.dataset.images(chosen[i]), few, keep=True, batch=batch)
             self.real = real.to(self.device)
         if few:
@@ -421,9 +421,9 @@ def summarize(args, before=None):
     before.sigma_init = args.sigma_init
     if args.eval_images:
         ruler = Ruler(dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
-        other = data.Shapes(args.eval_images, seed=1)  # the least that can be reached with so few images
+        other = data.Shapes(args.eval_images, seed=1)  # its score is the least that so few images can reach
         rows['data, other images'] = ruler.score(other.images, args.eval_images)
-        known = Path(args.teacher).with_suffix('.json')  # of `fid.py score --out`; it lies beside the shipped teacher
+        known = Path(args.teacher).with_suffix('.json')  # from `fid.py score --out`; the shipped teacher has one
         known = known.is_file() and args.features == 'pixels' and json.loads(known.read_text())
         rows['teacher, 18 steps'] = known or ruler.score(
             lambda i: edm_nets.generate(teacher, i, 18), args.eval_images)
@@ -436,7 +436,7 @@ def summarize(args, before=None):
             'data': dataset.images(seeds), 'teacher, 18 steps': edm_nets.generate(teacher, seeds, 18),
             'student before, 1 step': edm_nets.generate(before, seeds),
             'student after, 1 step': edm_nets.generate(after, seeds)}, f'{args.out}/summary.png', columns=18, scale=3)
-        print(f'{args.out}/summary.png: data, teacher, student before, student after', flush=True)
+        print(f'{args.out}/summary.png shows the data, the teacher, the student before and after training', flush=True)
 
 
 def main(argv=None):
@@ -445,16 +445,16 @@ def main(argv=None):
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument('--dataset', required=True, help='shapes, cifar10, ... or any name with --data')
     shared.add_argument('--data', help='prepared folder (default: datasets/DATASET)')
-    shared.add_argument('--features', choices=['inception', 'pixels'], help='default: pixels for shapes only')
+    shared.add_argument('--features', choices=['inception', 'pixels'], help='default: inception, but pixels for shapes')
     shared.add_argument('--inception', help='file with the weights of Inception (default: fetched)')
     p = commands.add_parser('score', parents=[shared], help='score a network', allow_abbrev=False)
     p.add_argument('--net', required=True, help='path or URL of a teacher or a student')
     p.add_argument('--num', '--images', type=edm_nets.positive(int), default=50_000,
-                   help='number of images (%(default)s); torchrun takes --num for its own: give --images')
+                   help='number of images (%(default)s); with torchrun, which takes --num for itself, give --images')
     p.add_argument('--seed', type=int, default=0, help='seed of the first image (%(default)s)')
     p.add_argument('--steps', type=edm_nets.positive(int), help='Heun steps (1 for a student, 18 for a teacher)')
     p.add_argument('--sigma-init', type=edm_nets.positive(float), help='noise level of the one step (as in the file)')
-    p.add_argument('--precision', choices=['bf16', 'fp32'], default='fp32', help='of the network (%(default)s)')
+    p.add_argument('--precision', choices=['bf16', 'fp32'], default='fp32', help='number format (%(default)s)')
     p.add_argument('--ref', help="reference .npz, path or URL, such as EDM's (default: measured on the dataset)")
     p.add_argument('--batch', type=edm_nets.positive(int), default=250, help='images at a time (%(default)s)')
     p.add_argument('--out', help='JSON file to write the scores to')
@@ -484,7 +484,7 @@ def main(argv=None):
                 raise ValueError(f'{args.net} is a teacher, not a one-step student: give more --steps, or --sigma-init')
             if net.img_channels != 3 or dataset is not None and net.img_resolution != dataset.resolution:
                 raise ValueError(f'{args.net} makes images of {net.img_resolution} px and {net.img_channels} channels: '
-                                 'they do not fit the data, which is RGB')
+                                 'expected 3 channels, and the resolution of the data')
             if args.num != 50_000 and rank == 0:
                 print(f'warning: scores of {args.num} images cannot be compared with those of 50,000', flush=True)
             ruler = Ruler(dataset, features, device, args.inception, args.ref)

@@ -2,13 +2,13 @@
 
 "Towards Training One-Step Diffusion Models Without Distillation" (arXiv:2502.08005 v3), from v4 on "DiffRatio: Training
 One-Step Diffusion Models Without Teacher Supervision", M. Zhang, W. Chen, J. He et al. Training needs real images, but
-no teacher's score: the student starts with the teacher's weights. Run here on shapes, not on the paper's data sets.
+not the teacher's score; the student only starts with its weights. We trained on shapes, not on the paper's data sets.
 
 Score distillation moves a student G by the difference of two learned scores, each with its own error. Here one
-classifier, told the noise level, learns the log density ratio whose gradient is that difference:
-  1. Ratio (--ratio-updates times): balanced cross-entropy on its logit l, of real and generated images at equal noise.
-     At its optimum l(x_t, sigma) = log p_data(x_t) / p_student(x_t).
-  2. Student: with r = e^l, every f-divergence D_f = E_student[f(r)] of the noised distributions has the gradient
+classifier, which gets the noise level as an input, learns the log density ratio whose gradient is that difference:
+  1. Ratio (--ratio-updates times): train the classifier's logit l by balanced cross-entropy on real and generated
+     images at equal noise. At the optimum l(x_t, sigma) = log p_data(x_t) / p_student(x_t).
+  2. Student: descend an f-divergence D_f = E_student[f(r)] of the noised distributions, r = e^l. Its gradient is
      E[ -h(r) grad l(x_t) dx_t/dtheta ], h(r) = r^2 f''(r). `js` is the paper's DiJS, `rkl` its DiKL.
 
     paper                    here                 paper            here
@@ -39,16 +39,16 @@ import edm_nets
 import fid
 
 # ----------------------------------------------------------------------------------------------------
-# Settings. Deviation: the paper's own (its appendix) were not available to us. For real data batch, lr, sigma_init, EMA
-# and a first stage of 100 kimg come from SiD and SiDA. The ratio network learns at the student's rate, as in
-# Score-of-Mixture Training with a teacher; on shapes, 1 and 5 times that ended at pixel-FD 3.7 and 11.3 (one seed). The
-# distribution of sigma is Diff-Instruct's, a little wider for the ratio network. These rows were run for a few steps
-# only. The row `shapes` is our choice. batch_gpu is an estimate of what fits into 40 GB.
+# Settings. Deviation: the paper's settings (its appendix) were not available to us. For real data, batch, lr,
+# sigma_init, ema_kimg and a first stage of 100 kimg come from SiD (Score identity Distillation) and SiDA. The ratio
+# network learns at the student's rate, as in Score-of-Mixture Training with a teacher; on shapes, 1 and 5 times this
+# rate gave pixel-FD 3.7 and 11.3 (one seed). The distribution of sigma is Diff-Instruct's, slightly wider for the ratio
+# network. We ran these rows for a few steps only. `shapes` is our choice. batch_gpu is an estimate for 40 GB.
 
 REAL = dict(batch=512, batch_gpu=64, lr=1e-5, ratio_lr=1e-5, ratio_updates=1, draws=1, sigma_init=2.5,
             student_sigma=(-1.2, 1.2), ratio_sigma=(-1.2, 1.4), decay=0.0, warmup_kimg=100, ema_kimg=500, kimg=50_000,
             xflip=True, eval_images=10_000, snapshot_kimg=1000, status_kimg=10)
-PRESETS = {  # student_sigma, ratio_sigma: mean and standard deviation of ln sigma; decay: share of the run, see `fall`
+PRESETS = {  # *_sigma: mean and standard deviation of ln sigma; decay: last share of the run, where the rates fall to 0
     'shapes':     dict(batch=32, lr=1e-4, ratio_lr=1e-4, ratio_updates=2, draws=4, sigma_init=2.5,
                        student_sigma=(0.1, 1.6), ratio_sigma=(0.1, 1.6), decay=0.5, warmup_kimg=6, ema_kimg=500,
                        kimg=28, xflip=False, eval_images=2_000, snapshot_kimg=14, status_kimg=1),
@@ -75,7 +75,7 @@ def parse_args(argv=None):
     p.add_argument('--warmup-kimg', type=float, metavar='KIMG',
                    help='thousands of images that the ratio network sees before the student starts (%(default)s)')
     p.add_argument('--draws', type=positive(int), metavar='N',
-                   help='noise levels at which each student sample is judged in a step (%(default)s)')
+                   help='noise levels drawn for each sample in one step of the student (%(default)s)')
     p.add_argument('--student-sigma', **pair,
                    help="mean and standard deviation of ln sigma in the student's loss %(default)s")
     p.add_argument('--ratio-sigma', **pair,
@@ -86,8 +86,8 @@ def parse_args(argv=None):
                    help="which of the teacher's weights the ratio network starts from (%(default)s)")
     p.add_argument('--init', choices=INITS, default='teacher',
                    help="which weights the student starts from, see initial_student (%(default)s)")
-    p.add_argument('--fresh-lr', type=positive(float), metavar='LR', help='learning rate of the weights that --init '
-                   'and --ratio-init start at random (that of the other weights)')
+    p.add_argument('--fresh-lr', type=positive(float), metavar='LR', help='learning rate of the weights that '
+                   'start at random, see --init and --ratio-init (that of the other weights)')
     p.add_argument('--single-level', metavar='FILE', help='network of one noise level, for --init single-level')
     evaluation.add_argument('--best-of', type=positive(int), nargs='+', metavar='K', default=[],
                             help='after training, score the best of K candidates per image, for each K')
@@ -95,7 +95,7 @@ def parse_args(argv=None):
                             help='how --best-of chooses by the ratio, see best_of (%(default)s)')
     args = parser.parse_args(argv)
     if args.warmup_kimg < 0 or args.best_of and not args.eval_images:
-        parser.error('--warmup-kimg must not be negative, and --best-of needs --eval-images')
+        parser.error('--warmup-kimg must not be negative, and --best-of needs --eval-images above 0')
     if args.single_level and args.init != 'single-level' or \
             args.init == 'single-level' and args.dataset != 'shapes' and not args.single_level:
         parser.error(
@@ -106,19 +106,19 @@ def parse_args(argv=None):
 # ----------------------------------------------------------------------------------------------------
 # The method. Images and noise are float32 [N, C, H, W], sigma is [N, 1, 1, 1], l is [N], x_t = x_0 + sigma eps.
 
-# Deviation: l is clamped inside h(r), which is unbounded for three divergences, as in SiDA. f-distill clips r to
-# [0.1, 20]: with that `fkl` ended at pixel-FD 5.3 on shapes, without at 6.5 (one seed). Here the gradient stays exact.
+# Deviation: as in SiDA, l is clamped inside h(r), which is unbounded for three divergences. f-distill clips r to
+# [0.1, 20]; on shapes, `fkl` gave pixel-FD 5.3 with this and 6.5 without (one seed). We keep the gradient exact.
 LOGIT_CLAMP = 10
-VERIFIER_SIGMAS = [0.2, 0.5, 1.0]  # of the verifier. The paper's are unknown; smaller ones judge noise alone
+VERIFIER_SIGMAS = [0.2, 0.5, 1.0]  # noise levels of best_of; the paper's are unknown. Lower ones judge only noise
 WEIGHTS = {'1': 0, 'sigma': 1, 'sigma2': 2}  # w(sigma) = sigma^power; sigma2 is Diff-Instruct's weight
 # h(r) = r^2 f''(r) as a function of l = log r; the comments give f. Only js and rkl are known to be in the paper.
-# Deviation: js is the exact gradient of the divergence; the paper's may be a surrogate (ns).
+# Deviation: js gives the exact gradient of its divergence; the paper's DiJS may use the surrogate ns instead.
 DIVERGENCES = {
     'js':        lambda l: torch.sigmoid(l) / 2,  # (r ln r - (1 + r) ln((1 + r) / 2)) / 2: Jensen-Shannon, "DiJS"
     'rkl':       lambda l: torch.ones_like(l),    # -ln r: KL(p_student || p_data), "DiKL", as Diff-Instruct
     'fkl':       lambda l: l.exp(),               # r ln r: KL(p_data || p_student)
     'hellinger': lambda l: (l / 2).exp() / 4,     # (sqrt r - 1)^2 / 2: squared Hellinger distance
-    'jeffreys':  lambda l: 1 + l.exp(),           # (r - 1) ln r: both KL
+    'jeffreys':  lambda l: 1 + l.exp(),           # (r - 1) ln r: the sum of both KL divergences
     'ns':        lambda l: torch.sigmoid(-l),     # (1 + r) ln((1 + r) / 2r): 2 KL(mean of both || p_data), GDD's loss
 }
 
@@ -133,7 +133,7 @@ def draw_noise(shape, generator, P_mean, P_std):
 def ratio_loss(real_log_ratio, fake_log_ratio):
     """Balanced binary cross-entropy on the logit l = log p_data / p_student -> scalar.
 
-    2 ln 2 where data and student cannot be told apart; at the optimum 2 ln 2 - 2 JS, averaged over sigma.
+    Guessing gives 2 ln 2. The optimum is 2 ln 2 - 2 JS, where JS is the Jensen-Shannon divergence averaged over sigma.
     """
     return F.softplus(-real_log_ratio).mean() + F.softplus(fake_log_ratio).mean()
 
@@ -141,18 +141,18 @@ def ratio_loss(real_log_ratio, fake_log_ratio):
 def student_loss(log_ratio, sigma, divergence, weight):
     """Mean of -w(sigma) h(r) l over the noised student samples -> scalar. h is held constant; the value has no meaning.
 
-    Its gradient, -w h(r) grad l dx_t/dtheta, is that of w E_student[f(r)] at each sigma, as far as l is exact.
+    If l is exact, the gradient -w h(r) grad l dx_t/dtheta is that of w E_student[f(r)] at each sigma.
     """
     h = DIVERGENCES[divergence](log_ratio.detach().clamp(-LOGIT_CLAMP, LOGIT_CLAMP))
     return -(sigma.flatten() ** WEIGHTS[weight] * h * log_ratio).mean()
 
 
 def make_ratio_net(teacher, kind, init):
-    """The ratio network to start with: 'energy', 'encoder' (edm_nets.UNetCritic) or 'lightweight'. l is .sum(1) of it.
+    """The initial ratio network: 'energy', 'encoder' (edm_nets.UNetCritic) or 'lightweight'. Its outputs sum to l.
 
-    init: 'teacher' copies all of the teacher's weights; 'features' all but the output layer, so that F_x is not the
-    teacher's score from the start; 'random' copies none. 'lightweight' is a small encoder, always random.
-    Deviation: the paper's network is not known; an encoder is likelier, but hardly sees fine grain.
+    init: 'teacher' copies all of the teacher's weights; 'features' copies all but the output layer, so that the network
+    does not start with the teacher's score; 'random' copies none. 'lightweight', a small encoder, always starts random.
+    Deviation: we do not know the paper's network. An encoder is more likely, but it hardly sees fine grain.
     """
     if kind == 'lightweight':
         return edm_nets.make_critic('encoder', teacher, 'random', num_blocks=1, attn_resolutions=[],
@@ -164,18 +164,18 @@ def load_ratio_net(path):
     """The ratio network in a student file, frozen, on the CPU. Raises ValueError when the file holds none."""
     content = torch.load(path, map_location='cpu', weights_only=True)
     if 'ratio_net' not in content:
-        raise ValueError(f'{path} holds no ratio network')
+        raise ValueError(f'{path} holds no ratio network: give a student file of teacher_free.py')
     ratio_net = edm_nets.UNetCritic(**content['ratio_net_kwargs'])
     ratio_net.load_state_dict(content['ratio_net'])
     return ratio_net.eval().requires_grad_(False)
 
 
 def initial_student(args, teacher):
-    """The student before training, by --init: the paper's study of what the teacher's weights are good for.
+    """The student before training. --init repeats the paper's study of what the teacher's weights contribute.
 
-    'teacher': all its weights; 'features': all but the output layer, so features of all noise levels, but no map from
-    latents to images; 'single-level': those of a network that was trained at sigma_init alone; 'random': none. Raises
-    ValueError when the network of --single-level is of another sigma_init, resolution or number of classes.
+    'teacher' copies all its weights. 'features' copies all but the output layer: it keeps features of all noise levels,
+    but no map from latents to images. 'single-level' takes a network trained at sigma_init alone. 'random' copies none.
+    Raises ValueError if the network of --single-level has another sigma_init, resolution or number of classes.
     """
     path = args.init == 'single-level' and (args.single_level or edm_nets.shapes_teacher(args.sigma_init))
     torch.manual_seed(args.seed)
@@ -194,7 +194,7 @@ def initial_student(args, teacher):
 
 
 def parameter_groups(net, init, lr, fresh_lr):
-    """Parameter groups for an optimizer: what `init` has copied learns at `lr`, what starts at random at `fresh_lr`."""
+    """Parameter groups for an optimizer: weights that `init` copied learn at `lr`, those left random at `fresh_lr`."""
     groups = {lr: [], fresh_lr or lr: []}
     for name, parameter in net.named_parameters():
         fresh = init == 'random' or init == 'features' and edm_nets.is_output(name)
@@ -204,11 +204,11 @@ def parameter_groups(net, init, lr, fresh_lr):
 
 @torch.no_grad()
 def best_of(student, ratio_net, seeds, K, verifier, batch=256):
-    """The ratio as a verifier (v5): of K one-step samples per seed, keep one -> uint8 [N, C, R, R] on the CPU.
+    """Keep one of K one-step samples per seed, chosen by the ratio (v5 of the paper) -> uint8 [N, C, R, R] on the CPU.
 
-    l, averaged over the small levels VERIFIER_SIGMAS, is about log p_data / p_student of a sample. 'resample' picks
+    The mean of l over the noise levels VERIFIER_SIGMAS is about log p_data / p_student of a sample. 'resample' picks
     candidate k with probability softmax(l)_k, which moves p_student towards p_data; 'max' picks the largest l.
-    Candidate 0 is the image of `edm_nets.generate`.
+    Candidate 0 is the image that `edm_nets.generate` makes from the seed.
     """
     device, images = next(student.parameters()).device, []
     shape = [student.img_channels, student.img_resolution, student.img_resolution]
@@ -297,7 +297,7 @@ def train(args):
         edm_nets.compile_networks(student, ratio_net)
     wrap = functools.partial(DDP, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
     ddp_student, ddp_ratio = wrap(student), wrap(ratio_net)
-    # Betas are Diff-Instruct's. Deviation: SiD has 0.9 on FFHQ, and an eps of 1e-6 beside losses 100 times as large.
+    # The betas are Diff-Instruct's. Deviation: SiD uses 0.9 on FFHQ, and eps 1e-6 for losses 100 times as large.
     adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), fused=True)
     student_optimizer = adam(parameter_groups(student, args.init, args.lr, args.fresh_lr))
     ratio_optimizer = adam(parameter_groups(ratio_net, args.ratio_init, args.ratio_lr, args.fresh_lr))
@@ -313,9 +313,9 @@ def train(args):
     if rank == 0:
         a, b = (sum(p.numel() for p in net.parameters()) for net in (student, ratio_net))
         data.start_log(args, state, f'[1/3] teacher of {a / 1e6:.2f} M parameters: {args.teacher}\n'
-                       f'[2/3] ratio network of {b / 1e6:.2f} M, {warmed / 1000:g} to {warmup_total / 1000:g} kimg: '
-                       f'ratio_loss should fall below 1.386, which is that of guessing\n'
-                       f'[3/3] student, {nimg / 1000:g} to {args.kimg:g} kimg: the score should fall; '
+                       f'[2/3] training the ratio network of {b / 1e6:.2f} M parameters, {warmed / 1000:g} to '
+                       f'{warmup_total / 1000:g} kimg: ratio_loss should fall below 1.386, the loss of guessing\n'
+                       f'[3/3] training both, {nimg / 1000:g} to {args.kimg:g} kimg: the score should fall; '
                        f'pictures of samples: {args.out}/grid-*.png', trained_parameters=a + b)
     ruler = args.eval_images and fid.Ruler(
         dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
@@ -323,7 +323,7 @@ def train(args):
     means, saved = data.Means(warmed), time.time()
 
     def real_batch(first):
-        """The real images from number `first` of the run on, for the global batch: indices, flips, one-hot labels."""
+        """Indices, flips and one-hot labels of the global batch of real images that starts at image number `first`."""
         indices, flips = data.batch_order(args.seed, first, args.batch, len(dataset))
         labels = data.to_device(dataset.labels(indices), device).clamp(max=classes - 1)  # 0 where there are no classes
         return indices, flips, F.one_hot(labels, classes)
@@ -331,8 +331,8 @@ def train(args):
     def update_ratio(real, generator, samples=None):
         """One step of the ratio network on real images and as many generated ones.
 
-        real: what `real_batch` returns; samples: x_0 of each round, None to draw new ones. Deviation, as the paper's
-        form is not known: each generated image has the label and the noise (as in SiDA) of one real image.
+        real: what `real_batch` returns; samples: x_0 of each round, or None to draw new ones. Deviation: we do not know
+        the paper's form. Here each generated image has the label and, as in SiDA, the noise of one real image.
         """
         indices, flips, labels = real
         if samples is None:
@@ -434,7 +434,7 @@ def train(args):
 
 
 def verify(args):
-    """Score the finished student with K candidates per image, for every K of --best-of; a table and grids."""
+    """Score the finished student with K candidates per image, for every K of --best-of. Writes a table and grids."""
     rank, _, device = setup()
     path = max(glob.glob(f'{args.out}/student-*.pt'))
     student, ratio_net = edm_nets.load(path).to(device), load_ratio_net(path).to(device)

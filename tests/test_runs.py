@@ -425,5 +425,18 @@ def test_a_launcher_that_is_not_torchrun_is_told_so(monkeypatch, capsys):
     assert capsys.readouterr().err == 'x.py: RANK is set and LOCAL_RANK is not: start several processes with torchrun\n'
 
 
+def test_the_six_lines_of_the_readme_draw_a_picture(tmp_path, monkeypatch):
+    code = re.search(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)[1]
+    path = tmp_path / re.search(r"load\('(.*?)'\)", code)[1]
+    path.parent.mkdir(parents=True)
+    net = edm_nets.load(ROOT / 'assets' / 'teacher-shapes.pt')
+    net.sigma_init = 2.5
+    edm_nets.save(path, net, 'shapes', 28_000)
+    monkeypatch.chdir(tmp_path)
+    exec(code, space := {})
+    assert len(code.splitlines()) == 6 and space['x'].shape == (64, 3, 16, 16)
+    assert Image.open('samples.png').size == (8 * 32, 8 * 32)
+
+
 if __name__ == '__main__':
     in_turn(*sys.argv[1:])
