@@ -59,8 +59,8 @@ import fid
 REAL = dict(sigma_init=80, decay=0.0, eval_images=10_000, snapshot_kimg=250, status_kimg=10)
 OFFICIAL = edm_nets.OFFICIAL.format
 PRESETS = {  # decay: last share of the run, over which the rate of the student falls to zero
-    'shapes':     dict(batch=32, lr=1e-4, d_lr=3e-4, freeze=0, kimg=50, ema_kimg=500, backbones=['energy'],
-                       sigma_init=2.5, decay=0.5, eval_images=2_000, snapshot_kimg=10, status_kimg=2),
+    'shapes':     dict(batch=32, lr=1e-4, d_lr=6e-4, freeze=0, kimg=28, ema_kimg=500, backbones=['energy'],
+                       sigma_init=2.5, decay=0.5, eval_images=2_000, snapshot_kimg=14, status_kimg=1),
     'cifar10':    dict(REAL, batch=256, batch_gpu=64, lr=1e-4, d_lr=1e-4, freeze=1, kimg=5_000, ema_kimg=500,
                        backbones=['vgg', 'efficientnet'], teacher=OFFICIAL('cifar10-32x32-uncond-ve')),
     'ffhq64':     dict(REAL, batch=256, batch_gpu=64, lr=2e-5, d_lr=4e-5, freeze=1, kimg=10_000, ema_kimg=500,

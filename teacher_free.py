@@ -49,9 +49,9 @@ REAL = dict(batch=512, batch_gpu=64, lr=1e-5, ratio_lr=1e-5, ratio_updates=1, dr
             student_sigma=(-1.2, 1.2), ratio_sigma=(-1.2, 1.4), decay=0.0, warmup_kimg=100, ema_kimg=500, kimg=50_000,
             xflip=True, eval_images=10_000, snapshot_kimg=1000, status_kimg=10)
 PRESETS = {  # *_sigma: mean and standard deviation of ln sigma; decay: last share of the run, where the rates fall to 0
-    'shapes':     dict(batch=32, lr=1e-4, ratio_lr=1e-4, ratio_updates=2, draws=4, sigma_init=2.5,
-                       student_sigma=(0.1, 1.6), ratio_sigma=(0.1, 1.6), decay=0.5, warmup_kimg=6, ema_kimg=500,
-                       kimg=28, xflip=False, eval_images=2_000, snapshot_kimg=14, status_kimg=1),
+    'shapes':     dict(batch=32, lr=2e-4, ratio_lr=2e-4, ratio_updates=2, draws=1, sigma_init=2.5,
+                       student_sigma=(0.1, 1.6), ratio_sigma=(0.1, 1.6), decay=0.5, warmup_kimg=3, ema_kimg=500,
+                       kimg=20, xflip=False, eval_images=2_000, snapshot_kimg=10, status_kimg=1),
     'cifar10':    dict(REAL, batch=256, batch_gpu=128),
     'ffhq64':     REAL,
     'afhqv2':     dict(REAL, lr=5e-6, ratio_lr=5e-6),
