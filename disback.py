@@ -48,7 +48,7 @@ REAL = dict(batch=512, batch_gpu=128, lr=1e-5, fake_lr=1e-5, fake_updates=1, sig
             eval_images=10_000, snapshot_kimg=1000, status_kimg=10)
 PRESETS = {  # *_sigma: mean and standard deviation of ln sigma; decay: last share of the run, over which lr falls to 0
     'shapes':     dict(batch=32, lr=6e-4, fake_lr=1e-3, fake_updates=2, sigma_init=2.5, student_sigma=(0.1, 1.6),
-                       fake_sigma=(-0.2, 1.8), decay=0.5, degrade_kimg=0.25, node_kimg=0.25, ema_kimg=500, kimg=28,
+                       fake_sigma=(-0.2, 1.8), decay=0.5, degrade_kimg=1, degrade_lr=2e-4, node_kimg=0.25, ema_kimg=500, kimg=28,
                        eval_images=2_000, snapshot_kimg=14, status_kimg=0.7),
     'cifar10':    dict(REAL, batch=256, batch_gpu=256),
     'ffhq64':     REAL,
@@ -69,6 +69,7 @@ def parse_args(argv=None):
                    'teacher; 0: no path, plain score distillation (%(default)s)')
     p.add_argument('--degrade-kimg', type=positive(float), metavar='KIMG',
                    help='thousands of images on which the teacher is degraded, in stage 1 (%(default)s)')
+    p.add_argument('--degrade-lr', type=positive(float), metavar='LR', help='learning rate of stage 1 (--fake-lr)')
     p.add_argument('--node-kimg', type=positive(float), metavar='KIMG',
                    help='thousands of student images before the next node becomes the target (%(default)s)')
     p.add_argument('--fake-lr', type=positive(float), metavar='LR',
@@ -86,6 +87,7 @@ def parse_args(argv=None):
     p.add_argument('--gan-weight', type=float, default=0, metavar='W',
                    help="weight of an additional GAN loss; DMD2 uses 3e-3, together with --loss dmd (%(default)s)")
     args = parser.parse_args(argv)
+    args.degrade_lr = args.degrade_lr or args.fake_lr
     if args.nodes < 0 or args.gan_weight < 0:
         parser.error('--nodes and --gan-weight must not be negative')
     return args
@@ -231,7 +233,7 @@ def train(args):
     # The betas are Diff-Instruct's. Deviation: SiD uses 0.9 on FFHQ, and eps 1e-6 for losses 100 times as large.
     adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), fused=True)
     student_optimizer = parts['student_optimizer'] = adam(student.parameters(), args.lr)
-    fake_optimizer = parts['fake_optimizer'] = adam(fake_parameters, args.fake_lr)
+    fake_optimizer = parts['fake_optimizer'] = adam(fake_parameters, args.degrade_lr if args.nodes else args.fake_lr)
 
     # Resume. `parts` and the two counts of images are the whole state: random numbers follow from the counts.
     fingerprints = dict(teacher=target.fingerprint, **(dict(data=data.identity(dataset)) if dataset else {}))
