@@ -48,8 +48,8 @@ REAL = dict(batch=512, batch_gpu=128, lr=1e-5, fake_lr=1e-5, fake_updates=1, sig
             eval_images=10_000, snapshot_kimg=1000, status_kimg=10)
 PRESETS = {  # *_sigma: mean and standard deviation of ln sigma; decay: last share of the run, over which lr falls to 0
     'shapes':     dict(batch=32, lr=6e-4, fake_lr=1e-3, fake_updates=2, sigma_init=2.5, student_sigma=(0.1, 1.6),
-                       fake_sigma=(-0.2, 1.8), decay=0.5, degrade_kimg=1, degrade_lr=2e-4, node_kimg=0.25, ema_kimg=500, kimg=28,
-                       eval_images=2_000, snapshot_kimg=14, status_kimg=0.7),
+                       fake_sigma=(-0.2, 1.8), decay=0.5, degrade_kimg=1, degrade_lr=2e-4, node_kimg=0.25,
+                       ema_kimg=500, kimg=28, eval_images=2_000, snapshot_kimg=14, status_kimg=0.7),
     'cifar10':    dict(REAL, batch=256, batch_gpu=256),
     'ffhq64':     REAL,
     'afhqv2':     dict(REAL, lr=5e-6, fake_lr=5e-6),
