@@ -3,9 +3,9 @@
 "Distribution Backtracking Builds A Faster Convergence Trajectory for Diffusion Distillation", S. Zhang et al., ICLR
 2025, arXiv:2408.15991 v3. No real images are needed. We trained on shapes only. The paper's FID on ImageNet-64 is 1.38.
 
-Score distillation moves a student G by the difference between the score of what G makes (the fake score, learned on the
-fly) and the score of the teacher. Far from the data, where G begins, the teacher's score is unreliable. DisBack
-therefore aims at nearer targets first:
+A score is the gradient of log p. Score distillation moves the samples of a student G along the teacher's score minus
+their own score (the fake score, learned on the fly). Far from the data, where G begins, the teacher's score is
+unreliable. DisBack therefore aims at nearer targets first:
   1. Degradation recording (Alg. 1): fine-tune a copy of the teacher on samples of the untouched student, and save it N
      times on the way, as nodes 1 to N. Node 0 is the teacher, and node N models the student's initial distribution.
   2. Distribution backtracking (Alg. 2): distil from node N-1, then from node N-2, ..., at last from node 0. The fake
@@ -112,7 +112,7 @@ def draw_noise(shape, generator, P_mean, P_std):
 def denoising_error(D_x, x_0, sigma):
     """Denoising score matching (Eq. 5 for the fake score, Eq. 7 for degradation) with EDM's weight -> [N].
 
-    As s = (D_x - x_t) / sigma^2, its error s - (x_0 - x_t) / sigma^2 is (D_x - x_0) / sigma^2, a denoising error.
+    s = (D_x - x_t) / sigma^2 should be (x_0 - x_t) / sigma^2 on average. So the error of s is (D_x - x_0) / sigma^2.
     """
     weight = (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2  # EDM Table 1, lambda(sigma)
     return (weight * (D_x - x_0) ** 2).sum([1, 2, 3])
@@ -121,8 +121,8 @@ def denoising_error(D_x, x_0, sigma):
 def student_loss(x_0, D_fake, D_target, form):
     """Score distillation (Eq. 8) -> scalar. Its gradient in x_0 [N, C, H, W] is w(sigma) (s_fake - s_target) / N.
 
-    s_fake - s_target = (D_fake - D_target) / sigma^2. The authors do not state the weight w. 'di' is Diff-Instruct's
-    weight, w = sigma^2; 'dmd' is DMD's, w = sigma^2 / mean |x_0 - D_target|. The value of the loss has no meaning.
+    Only this gradient counts; the value has no meaning. s_fake - s_target = (D_fake - D_target) / sigma^2. The authors
+    do not state w. 'di' is Diff-Instruct's, w = sigma^2; 'dmd' is DMD's, w = sigma^2 / mean |x_0 - D_target|.
     Deviation: the released code, like EDM and Diff-Instruct, masks NaN in gradients. Here a NaN loss stops the run.
     """
     gradient = D_fake - D_target
@@ -189,7 +189,7 @@ def update_ema(ema, net, nimg, batch, ema_kimg):
 
 def train(args):
     """Train, or continue, up to --kimg. Returns False if there was nothing left to do."""
-    # Initialize. --batch is global: this rank has the rows of `rounds`, one slice for each round of accumulation.
+    # Initialize. --batch is global. This rank takes its slices, `rounds`, one by one and adds up their gradients.
     rank, world_size, device = setup()
     if args.batch % world_size:
         raise ValueError(f'--batch {args.batch} is not a multiple of the {world_size} processes')
@@ -198,8 +198,8 @@ def train(args):
     rounds = [slice(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == 'bf16')
-    # The student's gradient is the small difference of two networks that differ by few training steps. On shapes, after
-    # 1, 10 and 100 steps, its relative error was 4-6, 0.5-0.9 and 0.1 in bf16, but 0.6-0.9, 0.1 and 0.01 in fp16.
+    # The student's gradient is the small difference of two similar networks, so both run in fp16. With 1, 10, 100 steps
+    # of training between them, its relative error on shapes was 4-6, 0.5-0.9, 0.1 in bf16; 0.6-0.9, 0.1, 0.01 in fp16.
     fp16 = args.precision == 'bf16' and args.score_precision == 'fp16'
     score_autocast = functools.partial(torch.autocast, device.type, torch.float16, enabled=fp16)
 
@@ -230,7 +230,7 @@ def train(args):
         discriminator = parts['discriminator'] = make_discriminator(h.shape[1]).to(device)
         ddp_discriminator = wrap(discriminator)
         fake_parameters += discriminator.parameters()
-    # The betas are Diff-Instruct's. Deviation: SiD uses 0.9 on FFHQ, and eps 1e-6 for losses 100 times as large.
+    # The betas are Diff-Instruct's. Deviation: SiD has beta1 = 0.9 on FFHQ, and eps 1e-6 for 100 times larger losses.
     adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), fused=True)
     student_optimizer = parts['student_optimizer'] = adam(student.parameters(), args.lr)
     fake_optimizer = parts['fake_optimizer'] = adam(fake_parameters, args.degrade_lr if args.nodes else args.fake_lr)

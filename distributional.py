@@ -358,7 +358,7 @@ def update_ema(ema, net, nimg, batch, ema_kimg):
 
 def train(args):
     """Train, or continue, up to --kimg. Returns False if there was nothing left to do."""
-    # Initialize. --batch is global: this rank has the rows of `rounds`, one slice for each round of accumulation.
+    # Initialize. --batch is global. This rank takes its slices, `rounds`, one by one and adds up their gradients.
     rank, world_size, device = setup()
     if args.batch % world_size:
         raise ValueError(f'--batch {args.batch} is not a multiple of the {world_size} processes')

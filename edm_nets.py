@@ -835,7 +835,7 @@ def make_network(args, resolution, label_dim):
 
 def train(args):
     """Train a teacher, or continue its training, up to --kimg."""
-    # Initialize. --batch is global. `rounds` are this rank's rows of it, one slice for each round of accumulation.
+    # Initialize. --batch is global. This rank takes its slices, `rounds`, one by one and adds up their gradients.
     rank, world_size, device = setup()
     if args.batch % world_size:
         raise ValueError(f'--batch {args.batch} is not a multiple of the {world_size} processes')

@@ -269,7 +269,7 @@ def update_ema(ema, net, nimg, batch, ema_kimg):
 
 def train(args):
     """Train, or continue, up to --kimg. Returns False if there was nothing left to do."""
-    # Initialize. --batch is global: this rank has the rows of `rounds`, one slice for each round of accumulation.
+    # Initialize. --batch is global. This rank takes its slices, `rounds`, one by one and adds up their gradients.
     rank, world_size, device = setup()
     if args.batch % world_size:
         raise ValueError(f'--batch {args.batch} is not a multiple of the {world_size} processes')
@@ -297,7 +297,7 @@ def train(args):
         edm_nets.compile_networks(student, ratio_net)
     wrap = functools.partial(DDP, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
     ddp_student, ddp_ratio = wrap(student), wrap(ratio_net)
-    # The betas are Diff-Instruct's. Deviation: SiD uses 0.9 on FFHQ, and eps 1e-6 for losses 100 times as large.
+    # The betas are Diff-Instruct's. Deviation: SiD has beta1 = 0.9 on FFHQ, and eps 1e-6 for 100 times larger losses.
     adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), fused=True)
     student_optimizer = adam(parameter_groups(student, args.init, args.lr, args.fresh_lr))
     ratio_optimizer = adam(parameter_groups(ratio_net, args.ratio_init, args.ratio_lr, args.fresh_lr))
