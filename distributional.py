@@ -48,10 +48,10 @@ import fid
 # ----------------------------------------------------------------------------------------------------
 # Settings. The rows of real data are the authors' released commands (we could not read their tables). We ran them for a
 # few steps only. --freeze is 1 where GDD-I has the paper's best FID. --d-lr is the learning rate before StyleGAN2's
-# correction for lazy R1. batch_gpu is an estimate of what fits into 80 GB. The authors stopped at the snapshot with the
-# lowest FID, after 5 to 9 million images.
-# Deviation: they sum the loss over the images of a GPU and average R1. We average both. Adam sees the scale of the loss
-# only through its eps of 1e-8, so their gamma of 1e-4 on four GPUs equals our 1e-4 / (batch / 4) = 4e-4 / batch.
+# correction for lazy R1. batch_gpu is an estimate of what fits into 80 GB. The authors report the snapshot with the
+# lowest FID, at 5 to 9 million images.
+# Deviation: on four GPUs their GAN loss is a sum over batch / 4 images, and R1 a mean. Ours are both means. Adam (but
+# for its eps) sees only the ratio of the two, so their gamma of 1e-4 is our 1e-4 / (batch / 4) = 4e-4 / batch.
 #
 # With U-Nets as backbones, gamma is 1. We tried them on `shapes` only. Its row is our choice, with a sigma_init of 2.5
 # because the small teacher was hardly trained at 80.
@@ -436,8 +436,8 @@ def train(args):
         if done:
             break
 
-        # Only the student runs in bf16. The discriminator runs in float32, on a GPU in TF32. The student's gradient
-        # through EfficientNet has a cosine with float32's of 0.75 in bf16, and of 0.976 in TF32 (CIFAR-10 images).
+        # Only the student runs in bf16. Deviation: on a GPU the discriminator runs in TF32, not in float32. The student's
+        # gradient through EfficientNet has a cosine with float32's of 0.976 in TF32 (emulated), of 0.75 in bf16.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.precision == 'bf16'
 
         # Random numbers, real images and labels of this step, for the global batch; this rank takes its rows.

@@ -719,7 +719,7 @@ def common_flags(script, description, presets, argv):
     p.add_argument('--kimg', type=positive(float), help='length of the training, in thousands of images (%(default)s)')
     p.add_argument('--batch', type=positive(int), metavar='IMAGES', help='images per step, over all GPUs (%(default)s)')
     p.add_argument('--batch-gpu', type=positive(int), metavar='IMAGES', help='images that a GPU works on at a time; '
-                   f'fewer save memory, with the same result ({presets[dataset].get("batch_gpu", "all of its share")})')
+                   f'fewer save memory ({presets[dataset].get("batch_gpu", "all")})')
     p.add_argument('--lr', type=positive(float),
                    help=f'learning rate{" of the student" * (script != "teacher")} (%(default)s)')
     p.add_argument('--seed', type=int, default=0, help='seed of all random numbers (%(default)s)')

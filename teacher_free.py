@@ -6,10 +6,10 @@ not the teacher's score; the student only starts with its weights. We trained on
 
 Score distillation moves a student G by the difference of two learned scores, each with its own error. Here one
 classifier, which gets the noise level as an input, learns the log density ratio whose gradient is that difference:
-  1. Ratio (--ratio-updates times): train the classifier's logit l by balanced cross-entropy on real and generated
-     images at equal noise. At the optimum l(x_t, sigma) = log p_data(x_t) / p_student(x_t).
-  2. Student: descend an f-divergence D_f = E_student[f(r)] of the noised distributions, r = e^l. Its gradient is
-     E[ -h(r) grad l(x_t) dx_t/dtheta ], h(r) = r^2 f''(r). `js` is the paper's DiJS, `rkl` its DiKL.
+  1. Student: descend an f-divergence D_f = E_student[f(r)] of the noised distributions, r = e^l. Its gradient is
+     E[ -h(r) grad l(x_t) dx_t/dtheta ], h(r) = r^2 f''(r). `rkl` is the paper's DiKL, `js` perhaps its DiJS.
+  2. Ratio (--ratio-updates times, and in a warm-up): train the classifier's logit l by balanced cross-entropy on real
+     and generated images at equal noise. At the optimum l(x_t, sigma) = log p_data(x_t) / p_student(x_t).
 
     paper                    here                 paper            here
     G_theta(z)               student              x_t              x_0 + sigma eps
@@ -106,8 +106,8 @@ def parse_args(argv=None):
 # ----------------------------------------------------------------------------------------------------
 # The method. Images and noise are float32 [N, C, H, W], sigma is [N, 1, 1, 1], l is [N], x_t = x_0 + sigma eps.
 
-# Deviation: as in SiDA, l is clamped inside h(r), which is unbounded for three divergences. f-distill clips r to
-# [0.1, 20]; on shapes, `fkl` gave pixel-FD 5.3 with this and 6.5 without (one seed). We keep the gradient exact.
+# Deviation: l is clamped to +-10 inside h(r), as in SiDA, because h is unbounded for three divergences. f-distill clips
+# r to [0.1, 20]; with that `fkl` had pixel-FD 5.3 on shapes, not 6.5 (one seed), but it is another divergence.
 LOGIT_CLAMP = 10
 VERIFIER_SIGMAS = [0.2, 0.5, 1.0]  # noise levels of best_of; the paper's are unknown. Lower ones judge only noise
 WEIGHTS = {'1': 0, 'sigma': 1, 'sigma2': 2}  # w(sigma) = sigma^power; sigma2 is Diff-Instruct's weight
