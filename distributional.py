@@ -436,8 +436,8 @@ def train(args):
         if done:
             break
 
-        # Only the student runs in bf16. Deviation: on a GPU the discriminator runs in TF32, not in float32. The student's
-        # gradient through EfficientNet has a cosine with float32's of 0.976 in TF32 (emulated), of 0.75 in bf16.
+        # Only the student runs in bf16. Deviation: on a GPU the discriminator runs in TF32, not in float32. The
+        # student's gradient through EfficientNet has a cosine with float32's of 0.976 in TF32 (emulated), 0.75 in bf16.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.precision == 'bf16'
 
         # Random numbers, real images and labels of this step, for the global batch; this rank takes its rows.
