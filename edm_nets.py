@@ -17,6 +17,7 @@ import copy
 import datetime
 import functools
 import io
+import itertools
 import os
 import pickle
 import sys
@@ -965,12 +966,15 @@ def sample(argv):
     p.add_argument('--steps', type=positive(int), help='Heun steps (one step for a student, 18 for a teacher)')
     p.add_argument('--class', dest='class_idx', type=int, help='class of all images (drawn for each image)')
     p.add_argument('--sigma-init', type=positive(float), help='noise level of the one step (as in the file)')
+    p.add_argument('--titles', nargs='+', default=[], help='a heading for each network (its path and steps)')
     p.add_argument('--out', default='grid.png', help='PNG to write (%(default)s)')
     args = p.parse_args(argv)
+    if len(args.titles) not in (0, len(args.net)):
+        p.error(f'{len(args.titles)} --titles for {len(args.net)} networks: give one for each')
     panels, seeds = {}, range(args.seeds[0], args.seeds[1] + 1)
     if not seeds:
         p.error('--seeds: LAST must not be below FIRST')
-    for path in args.net:
+    for path, title in itertools.zip_longest(args.net, args.titles):
         net = load(path).to('cuda' if torch.cuda.is_available() else 'cpu')
         net.sigma_init = args.sigma_init or net.sigma_init
         steps = args.steps or (18 if net.sigma_init is None else 1)
@@ -978,7 +982,7 @@ def sample(argv):
             raise ValueError(f'{path} is no student: give --sigma-init for one step, or give more --steps')
         if args.class_idx is not None and not 0 <= args.class_idx < net.label_dim:
             raise ValueError(f'--class {args.class_idx}: {path} has {net.label_dim} classes')
-        panels[f'{path}, steps: {steps}'] = generate(net, seeds, None if steps == 1 else steps, args.class_idx)
+        panels[title or f'{path}, steps: {steps}'] = generate(net, seeds, None if steps == 1 else steps, args.class_idx)
     data.save_panels(panels, args.out, min(len(seeds), 18), scale=max(1, 48 // net.img_resolution))
     print(f'{args.out}: {len(seeds)} images of ' + '; '.join(panels))
 

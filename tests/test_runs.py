@@ -375,7 +375,7 @@ BAD_INPUT = {
     'non-negative': ['disback --seed -1'],
     'expected at least 10': ['disback --eval-images 9', 'disback --eval-images -5'],
     'is not finite': ['disback --student-sigma 0 1e99', 'disback --lr 1e30'],
-    'it has no other score': ['disback --teacher {run}/student-000000.pt'],
+    'give a teacher of all levels': ['disback --teacher {run}/student-000000.pt'],
     'no network at x.pt': ['disback --teacher x.pt', 'edm_nets.py sample --net x.pt',
                            'teacher_free --init single-level --single-level x.pt'],
     'cannot load': ['disback --teacher {bad}/images.npy'], 'cannot use': ['edm_nets --dataset ffhq64 --data {bad}'],
