@@ -708,7 +708,8 @@ def common_flags(script, description, presets, argv):
     p.add_argument('-h', '--help', action='help', help='show these flags, with the defaults for --dataset')
     p.add_argument('--data', metavar='FOLDER', help='the prepared dataset (datasets/DATASET)')
     p.add_argument('--out', metavar='FOLDER', default=f'runs/{script}-{dataset}',
-                   help=f'where all files of the run go; the same command continues the run (runs/{script}-DATASET)')
+                   help='where all files of the run go, on a disk that all machines share; the same command '
+                   f'continues the run (runs/{script}-DATASET)')
     p.add_argument('--snapshot-kimg', type=positive(float), metavar='KIMG', help='thousands of images between two '
                    'snapshots: network, picture of samples, scores and checkpoint (%(default)s)')
     p.add_argument('--status-kimg', type=positive(float), metavar='KIMG',
