@@ -8,8 +8,8 @@ their own score (the fake score, learned on the fly). Far from the data, where G
 unreliable. DisBack therefore aims at nearer targets first:
   1. Degradation recording (Alg. 1): fine-tune a copy of the teacher on samples of the untouched student, and save it N
      times on the way, as nodes 1 to N. Node 0 is the teacher, and node N models the student's initial distribution.
-  2. Distribution backtracking (Alg. 2): distil from node N-1, then from node N-2, ..., at last from node 0. The fake
-     score starts at node N. With --nodes 0 this is plain score distillation, Diff-Instruct (arXiv:2305.18455).
+  2. Distribution backtracking (Alg. 2): distil from node N-1, then from node N-2, ..., at last from node 0. Node N is
+     what the fake score starts as. With --nodes 0 this is plain score distillation, Diff-Instruct (arXiv:2305.18455).
 
     paper             here          paper         here
     G_stu(z; eta)     student       s'_theta_i    target, node i of the path
@@ -40,9 +40,9 @@ import fid
 # Settings. Deviation: the settings of the paper's EDM experiments (its Appendix B) were not available to us. For real
 # data, batch, lr, sigma_init and ema_kimg come from SiD (Score identity Distillation); the distribution of sigma and
 # the equal learning rates come from Diff-Instruct. As in the paper's SDXL script, the recording takes 1 % of the run,
-# and each node takes 1 %. We ran the rows of real data for a few steps only. N = 4 and the row `shapes` are our choice.
-# batch_gpu is an estimate of what fits into 40 GB. On shapes a degrade_lr of 1e-3 overshoots: nodes of 2, 4 and 6 steps
-# had pixel-FD 37, 57 and 38, the untouched student 25. At 2e-4, nodes of 6 and 12 steps had 14 and 13 (one seed).
+# and each node takes 1 %. We ran the presets of real data for a few steps only; N = 4 and the preset `shapes` are ours.
+# batch_gpu is an estimate of what fits into 40 GB. A node should lie between the teacher and the untouched student. On
+# shapes this student has pixel-FD 25. Nodes had 37 to 57 at a degrade_lr of 1e-3, and 14 at 2e-4 (one seed).
 
 REAL = dict(batch=512, batch_gpu=128, lr=1e-5, fake_lr=1e-5, fake_updates=1, sigma_init=2.5, student_sigma=(-1.2, 1.2),
             fake_sigma=(-1.2, 1.2), decay=0.0, degrade_kimg=500, node_kimg=500, ema_kimg=500, kimg=50_000,
@@ -57,7 +57,7 @@ PRESETS = {  # *_sigma: mean and standard deviation of ln sigma; decay: last sha
     'imagenet64': dict(REAL, batch=8192, batch_gpu=64, lr=4e-6, fake_lr=4e-6, degrade_kimg=2000, node_kimg=2000,
                        ema_kimg=2000, kimg=200_000, snapshot_kimg=4000, status_kimg=50),
 }
-sigma_data = 0.5
+sigma_data = 0.5  # EDM's standard deviation of the pixels
 # Deviation: the released scripts enable a GAN loss. Here it is off by default, because Alg. 2 has none. It comes from
 # DMD2, which draws separate noise levels for it, uniformly from a grid. Here it uses those of the distillation.
 DISCRIMINATOR_WEIGHT = 1e-2  # weight of the discriminator's loss, as in DMD2 for ImageNet-64
@@ -70,7 +70,8 @@ def parse_args(argv=None):
                    'teacher; 0: no path, plain score distillation (%(default)s)')
     p.add_argument('--degrade-kimg', type=positive(float), metavar='KIMG',
                    help='thousands of images on which the teacher is degraded, in stage 1 (%(default)s)')
-    p.add_argument('--degrade-lr', type=positive(float), metavar='LR', help='learning rate of stage 1 (--fake-lr)')
+    p.add_argument('--degrade-lr', type=positive(float), metavar='LR',
+                   help='learning rate of stage 1 (%(default)s; None: as --fake-lr)')
     p.add_argument('--node-kimg', type=positive(float), metavar='KIMG',
                    help='thousands of student images before the next node becomes the target (%(default)s)')
     p.add_argument('--fake-lr', type=positive(float), metavar='LR',
@@ -190,7 +191,7 @@ def update_ema(ema, net, nimg, batch, ema_kimg):
 
 def train(args):
     """Train, or continue, up to --kimg. Returns False if there was nothing left to do."""
-    # Initialize. --batch is global. This rank takes its slices, `rounds`, one by one and adds up their gradients.
+    # Initialize. --batch is global. Gradient accumulation: this rank adds up gradients over `rounds`, its slices.
     rank, world_size, device = setup()
     if args.batch % world_size:
         raise ValueError(f'--batch {args.batch} is not a multiple of the {world_size} processes')
@@ -199,8 +200,8 @@ def train(args):
     rounds = [slice(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == 'bf16')
-    # The student's gradient is the small difference of two similar networks, so both run in fp16. With 1, 10, 100 steps
-    # of training between them, its relative error on shapes was 4-6, 0.5-0.9, 0.1 in bf16; 0.6-0.9, 0.1, 0.01 in fp16.
+    # The student's gradient is the small difference of two similar networks, so both run in fp16. When 1, 10, 100
+    # steps lie between them, its relative error on shapes is about 5, 0.7, 0.1 in bf16, but 0.7, 0.1, 0.01 in fp16.
     fp16 = args.precision == 'bf16' and args.score_precision == 'fp16'
     score_autocast = functools.partial(torch.autocast, device.type, torch.float16, enabled=fp16)
 
@@ -231,12 +232,12 @@ def train(args):
         discriminator = parts['discriminator'] = make_discriminator(h.shape[1]).to(device)
         ddp_discriminator = wrap(discriminator)
         fake_parameters += discriminator.parameters()
-    # The betas are Diff-Instruct's. Deviation: SiD has beta1 = 0.9 on FFHQ, and eps 1e-6 for 100 times larger losses.
+    # The betas are Diff-Instruct's. Deviation: SiD has beta1 0.9 on FFHQ, and eps 1e-6, but losses 100 times larger.
     adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), fused=True)
     student_optimizer = parts['student_optimizer'] = adam(student.parameters(), args.lr)
     fake_optimizer = parts['fake_optimizer'] = adam(fake_parameters, args.degrade_lr if args.nodes else args.fake_lr)
 
-    # Resume. `parts` and the two counts of images are the whole state: random numbers follow from the counts.
+    # Resume. `parts` and two counts of images are the whole state: random numbers follow from seed and counts.
     fingerprints = dict(teacher=target.fingerprint, **(dict(data=data.identity(dataset)) if dataset else {}))
     config, state = data.load_checkpoint(args, parts, **fingerprints)
     degraded, nimg, total = state.get('degraded', 0), state.get('nimg', 0), args.kimg * 1000  # images of both stages
@@ -293,7 +294,7 @@ def train(args):
     node = 0  # the target is the teacher
     means = data.Means(nimg)
     while True:
-        # Status line, snapshot, checkpoint, done?
+        # Status line (a resumed run has its first one already), snapshot, checkpoint, done?
         done = nimg >= total
         snapshot = done or is_due(nimg, args.batch, args.snapshot_kimg)
         if nimg != resumed and (snapshot or is_due(nimg, args.batch, args.status_kimg)):

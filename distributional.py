@@ -2,15 +2,15 @@
 
 "Diffusion Models Are Innate One-Step Generators" (arXiv:2405.20750: GDD, and GDD-I with most convolutions frozen),
 from its ICML 2025 version on "Revisiting Diffusion Models: From Generative Pre-training to One-Step Generation"
-(arXiv:2506.09376: D2O, D2O-F), B. Zheng and T. Yang. Instance losses ask a one-step student to copy, image by image, a
-teacher that takes many steps, which it cannot do. Here the student's images only have to look like the data, and the
-teacher is never called. We trained on shapes only. A step takes one batch of real images x:
+(arXiv:2506.09376: D2O, D2O-F), B. Zheng and T. Yang. Other methods make the student copy the teacher's image of each
+noise; the paper says that one step cannot do this. Here the student's images only have to look like the data, and the
+teacher is never called. A step, with a batch of real images x:
   1. Student: L_G = E[ softplus(-l(G(z))) ], the non-saturating GAN loss. l are the logits of the discriminator.
   2. Discriminator: L_D = E[ softplus(-l(x)) + softplus(l(G(z'))) ], z' fresh.
   3. Discriminator again, every 16th step, as an update of its own: 16 gamma / 2 E[ |grad_x sum l(x)|^2 ] (R1).
-The discriminator is StyleGAN-XL's: small heads on frozen feature networks, whose maps are mixed by fixed random
-convolutions. Two others see noised images: `unet` puts heads on the encoder of the diffusion model itself, as DMD2
-does, and `energy` uses its whole U-Net.
+The discriminator is StyleGAN-XL's. Frozen feature networks give maps, fixed random convolutions mix them, and small
+trained heads turn them into logits. Two others are trained copies of the diffusion model and see noised images: `unet`
+puts heads on its encoder, as DMD2 does, and `energy` makes one logit with the whole U-Net.
 
     paper                        here                       paper                      here
     g(x_T, T, 0), T = 80         one_step(student, z)       GDD-I, D2O-F               --freeze 1
@@ -46,15 +46,15 @@ import edm_nets
 import fid
 
 # ----------------------------------------------------------------------------------------------------
-# Settings. The rows of real data are the authors' released commands (we could not read their tables). We ran them for a
-# few steps only. --freeze is 1 where GDD-I has the paper's best FID. --d-lr is the learning rate before StyleGAN2's
-# correction for lazy R1. batch_gpu is an estimate of what fits into 80 GB. The authors report the snapshot with the
-# lowest FID, at 5 to 9 million images.
-# Deviation: on four GPUs their GAN loss is a sum over batch / 4 images, and R1 a mean. Ours are both means. Adam (but
-# for its eps) sees only the ratio of the two, so their gamma of 1e-4 is our 1e-4 / (batch / 4) = 4e-4 / batch.
+# Settings. The rows of real data are the authors' released commands (we could not read their tables). We ran these rows
+# for a few steps only. --freeze is 1 where GDD-I has the paper's best FID. --d-lr is the learning rate before
+# StyleGAN2's correction for lazy R1. batch_gpu is an estimate of what fits into 80 GB. The authors report the snapshot
+# with the lowest FID, at 5 to 9 million images.
+# Deviation: on four GPUs their GAN loss is a sum over batch / 4 images, and R1 a mean. Ours are both means. Adam
+# ignores a common factor. Dividing their terms by the batch / 4 images gives our means, and a gamma of 4e-4 / batch.
 #
-# With U-Nets as backbones, gamma is 1. We tried them on `shapes` only. Its row is our choice, with a sigma_init of 2.5
-# because the small teacher was hardly trained at 80.
+# With U-Nets as backbones, gamma is 1. The row `shapes` is our choice. Its sigma_init is 2.5 because the small teacher
+# was hardly trained at 80.
 
 REAL = dict(sigma_init=80, decay=0.0, eval_images=10_000, snapshot_kimg=250, status_kimg=10)
 OFFICIAL = edm_nets.OFFICIAL.format
@@ -79,11 +79,12 @@ def parse_args(argv=None):
     p.add_argument('--freeze', type=int, choices=[0, 1],
                    help='1: freeze most convolutions of the student (GDD-I); 0: freeze nothing (GDD) (%(default)s)')
     p.add_argument('--backbones', nargs='+', choices=[*UNETS, *FEATURES],
-                   help='networks whose features the discriminator judges %(default)s')
+                   help='what the discriminator is built on: frozen networks trained on ImageNet, or a trained '
+                   'copy of the teacher (unet, energy) that sees noised images %(default)s')
     p.add_argument('--features-dir', metavar='FOLDER',
-                   help='folder with the weights of these networks (they are fetched)')
+                   help='folder with the weights of the frozen networks (they are fetched)')
     p.add_argument('--loss', choices=['ns', 'linear'], default='ns',
-                   help="the student's GAN loss, non-saturating or linear (%(default)s)")
+                   help="the student's GAN loss: softplus(-logit) or -logit (%(default)s)")
     p.add_argument('--d-lr', type=positive(float), metavar='LR',
                    help='learning rate of the discriminator (%(default)s)')
     p.add_argument('--r1-gamma', type=float, metavar='GAMMA', help='weight of the gradient penalty R1; 0: none '
@@ -91,7 +92,7 @@ def parse_args(argv=None):
     p.add_argument('--r1-interval', type=positive(int), default=16, metavar='STEPS',
                    help='steps from one R1 penalty to the next (%(default)s)')
     p.add_argument('--noise', type=float, nargs=2, metavar=('MEAN', 'STD'), default=(0.0, 1.6),
-                   help='mean and standard deviation of ln sigma of the noise that U-Net backbones see %(default)s')
+                   help='mean and standard deviation of ln sigma of the noise for unet and energy %(default)s')
     evaluation.add_argument('--teacher-student-fd', type=int, nargs='+', metavar='STEPS', default=[],
                             help='after training, compare the student with a teacher that takes this many Heun steps')
     evaluation.add_argument('--activations', action='store_true',
@@ -105,7 +106,7 @@ def parse_args(argv=None):
 
 # ----------------------------------------------------------------------------------------------------
 # The method. Images are float32 [N, C, R, R] in [-1, 1]; logits are a list with one tensor [N, J_k] for each backbone.
-# J_k is the number of patches at four scales; for `unet` it is the number of resolutions, for `energy` it is 1.
+# J_k is the number of patches of all four scales; for `unet` it is the number of resolutions, for `energy` it is 1.
 
 
 def generator_loss(fake_logits, form):
@@ -187,7 +188,7 @@ class Projection(nn.Module):
 
 
 class SumOverRanks(torch.autograd.Function):
-    """all_reduce as a function of every rank's tensor, differentiable any number of times."""
+    """The sum over ranks. Its gradient is again such a sum, so that R1 can differentiate twice."""
 
     @staticmethod
     def forward(ctx, x):
@@ -358,7 +359,7 @@ def update_ema(ema, net, nimg, batch, ema_kimg):
 
 def train(args):
     """Train, or continue, up to --kimg. Returns False if there was nothing left to do."""
-    # Initialize. --batch is global. This rank takes its slices, `rounds`, one by one and adds up their gradients.
+    # Initialize. --batch is global. Gradient accumulation: this rank adds up gradients over `rounds`, its slices.
     rank, world_size, device = setup()
     if args.batch % world_size:
         raise ValueError(f'--batch {args.batch} is not a multiple of the {world_size} processes')
@@ -385,14 +386,14 @@ def train(args):
         edm_nets.compile_networks(student)
     wrap = functools.partial(DDP, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
     ddp_student, ddp_discriminator = wrap(student), wrap(discriminator)
-    warnings.filterwarnings('ignore', message='Grad strides do not match')  # from R1 on weights with one row; harmless
+    warnings.filterwarnings('ignore', message='Grad strides do not match')  # harmless: weights with one row
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=args.lr, betas=(0.0, 0.99), fused=True)
     # R1 takes extra optimizer steps; Adam's rate and beta are adjusted to make up for them, as in StyleGAN2.
     lazy = args.r1_interval / (args.r1_interval + 1) if args.r1_gamma else 1
     d_optimizer = torch.optim.Adam(discriminator.parameters(), args.d_lr * lazy, (0.0, 0.99 ** lazy), fused=True)
 
-    # Resume. `parts` and the count of images are the whole state: random numbers follow from the count. The random
+    # Resume. `parts` and the count of images are the whole state: random numbers follow from seed and count. The random
     # convolutions are saved, because another version of torch may draw others.
     mixing = nn.ModuleDict({name: nn.ModuleList([net.across_channels, net.across_scales, *getattr(
         net.network, 'resize', ())]) for name, net in projections.items()})
@@ -400,7 +401,7 @@ def train(args):
                  d_optimizer=d_optimizer)
     config, state = data.load_checkpoint(
         args, parts, {'features_dir', 'teacher_student_fd', 'activations'}, teacher=student.fingerprint,
-        data=data.identity(dataset), batchnorm_images=size * world_size if projections else 0)  # these share statistics
+        data=data.identity(dataset), batchnorm_images=size * world_size if projections else 0)  # normalised together
     nimg, resumed, total = state.get('nimg', 0), state.get('nimg'), args.kimg * 1000
     if rank == 0:
         a, b, c = (sum(p.numel() for p in group) for group in (
@@ -408,14 +409,14 @@ def train(args):
         data.start_log(args, state, f'[1/2] teacher of {b / 1e6:.2f} M parameters: {args.teacher}\n'
                        f'[2/2] training the student ({1 - a / b:.2%} frozen) against a discriminator of {c / 1e6:.2f} '
                        f'M parameters on {" + ".join(args.backbones)}, {nimg / 1000:g} to {args.kimg:g} kimg: the '
-                       f'score should fall; pictures of samples: {args.out}/grid-*.png', trained_parameters=a + c)
+                       f'FID should fall; pictures of samples: {args.out}/grid-*.png', trained_parameters=a + c)
     ruler = args.eval_images and fid.Ruler(
         dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
     shape = [args.batch, student.img_channels, student.img_resolution, student.img_resolution]  # of the global batch
     classes, means, saved = max(student.label_dim, 1), data.Means(nimg), time.time()
 
     while True:
-        # Status line, snapshot, checkpoint, done?
+        # Status line (a resumed run has its first one already), snapshot, checkpoint, done?
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # not for scores
         done = nimg >= total
         snapshot = done or is_due(nimg, args.batch, args.snapshot_kimg)

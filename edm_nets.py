@@ -708,7 +708,7 @@ def common_flags(script, description, presets, argv):
     p.add_argument('-h', '--help', action='help', help='show these flags, with the defaults for --dataset')
     p.add_argument('--data', metavar='FOLDER', help='the prepared dataset (datasets/DATASET)')
     p.add_argument('--out', metavar='FOLDER', default=f'runs/{script}-{dataset}',
-                   help='where all files of the run go, on a disk that all machines share; the same command '
+                   help='where all files of the run go; several machines must share this folder. The same command '
                    f'continues the run (runs/{script}-DATASET)')
     p.add_argument('--snapshot-kimg', type=positive(float), metavar='KIMG', help='thousands of images between two '
                    'snapshots: network, picture of samples, scores and checkpoint (%(default)s)')
@@ -736,7 +736,7 @@ def common_flags(script, description, presets, argv):
                                 help='images generated for each score during training; 0: no scores (%(default)s)')
         parser.set_defaults(features='pixels' if dataset == 'shapes' else 'inception')
         evaluation.add_argument('--features', choices=['inception', 'pixels'],
-                                help='what scores compare: Inception features (FID) or raw pixels (%(default)s)')
+                                help='what scores compare: features of Inception (this is FID) or pixels; %(default)s')
     return parser, method, evaluation
 
 # ----------------------------------------------------------------------------------------------------
@@ -837,7 +837,7 @@ def make_network(args, resolution, label_dim):
 
 def train(args):
     """Train a teacher, or continue its training, up to --kimg."""
-    # Initialize. --batch is global. This rank takes its slices, `rounds`, one by one and adds up their gradients.
+    # Initialize. --batch is global. Gradient accumulation: this rank adds up gradients over `rounds`, its slices.
     rank, world_size, device = setup()
     if args.batch % world_size:
         raise ValueError(f'--batch {args.batch} is not a multiple of the {world_size} processes')
@@ -861,7 +861,7 @@ def train(args):
     ddp = DDP(net, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, betas=(0.9, 0.999), fused=True)
 
-    # Resume. `parts` and the count of images are the whole state: random numbers follow from the count.
+    # Resume. `parts` and the count of images are the whole state: random numbers follow from seed and count.
     parts = dict(net=net, ema=ema, optimizer=optimizer)
     config, state = data.load_checkpoint(args, parts, data=data.identity(dataset))
     nimg, resumed, total = state.get('nimg', 0), state.get('nimg'), args.kimg * 1000
@@ -873,7 +873,7 @@ def train(args):
 
     means, saved = data.Means(nimg), time.time()
     while True:
-        # Status line, snapshot, checkpoint, done?
+        # Status line (a resumed run has its first one already), snapshot, checkpoint, done?
         done = nimg >= total
         snapshot = done or is_due(nimg, args.batch, args.snapshot_kimg)
         if nimg != resumed and (snapshot or is_due(nimg, args.batch, args.status_kimg)):

@@ -7,13 +7,13 @@ not the teacher's score; the student only starts with its weights. We trained on
 Score distillation moves a student G by the difference of two learned scores, each with its own error. Here one
 classifier, which gets the noise level as an input, learns the log density ratio whose gradient is that difference:
   1. Student: descend an f-divergence D_f = E_student[f(r)] of the noised distributions, r = e^l. Its gradient is
-     E[ -h(r) grad l(x_t) dx_t/dtheta ], h(r) = r^2 f''(r). `rkl` is the paper's DiKL, `js` perhaps its DiJS.
-  2. Ratio (--ratio-updates times, and in a warm-up): train the classifier's logit l by balanced cross-entropy on real
-     and generated images at equal noise. At the optimum l(x_t, sigma) = log p_data(x_t) / p_student(x_t).
+     E[ -h(r) grad l(x_t) dx_t/dtheta ], h(r) = r^2 f''(r). The paper names DiKL (`rkl`) and DiJS (`js`, or `ns`).
+  2. Ratio, --ratio-updates times, also in a warm-up: train the classifier's logit l by balanced cross-entropy on real
+     and generated images at equal noise. At the optimum l(x_t, sigma) = log(p_data(x_t) / p_student(x_t)).
 
     paper                    here                 paper            here
     G_theta(z)               student              x_t              x_0 + sigma eps
-    p_d                      data (real)          c = 1/(1+e^-l)   the classifier, label 1: data
+    p_d                      data (real)          c                sigmoid(l), the probability of `real`
     log r                    log_ratio, l         w(t), p(t)       --weight, --student-sigma
 
     python teacher_free.py                                              # shapes, minutes on a CPU, nothing downloaded
@@ -41,7 +41,7 @@ import fid
 # ----------------------------------------------------------------------------------------------------
 # Settings. Deviation: the paper's settings (its appendix) were not available to us. For real data, batch, lr,
 # sigma_init, ema_kimg and a first stage of 100 kimg come from SiD (Score identity Distillation) and SiDA. The ratio
-# network learns at the student's rate, as in Score-of-Mixture Training with a teacher; on shapes, 1 and 5 times this
+# network learns at the student's rate, as in Score-of-Mixture Training from a teacher; on shapes, 1 and 5 times this
 # rate gave pixel-FD 3.7 and 11.3 (lr 1e-4, 4 draws, 28 kimg, one seed). The distribution of
 # sigma is Diff-Instruct's, wider for the ratio network. We ran these rows for a few steps only. The row `shapes` is our
 # choice. batch_gpu is an estimate for 40 GB.
@@ -74,7 +74,7 @@ def parse_args(argv=None):
     p.add_argument('--ratio-updates', type=positive(int), metavar='N',
                    help='steps of the ratio network per step of the student (%(default)s)')
     p.add_argument('--warmup-kimg', type=float, metavar='KIMG',
-                   help='thousands of images that the ratio network sees before the student starts (%(default)s)')
+                   help='length of the warm-up of the ratio network, in thousands of images (%(default)s)')
     p.add_argument('--draws', type=positive(int), metavar='N',
                    help='noise levels drawn for each sample in one step of the student (%(default)s)')
     p.add_argument('--student-sigma', **pair,
@@ -108,14 +108,14 @@ def parse_args(argv=None):
 # The method. Images and noise are float32 [N, C, H, W], sigma is [N, 1, 1, 1], l is [N], x_t = x_0 + sigma eps.
 
 # Deviation: l is clamped to +-10 inside h(r), as in SiDA, because h is unbounded for three divergences. f-distill clips
-# r to [0.1, 20]; with that `fkl` had pixel-FD 5.3 on shapes, not 6.5 (one seed), but it is another divergence.
+# r to [0.1, 20] instead. That gave `fkl` a pixel-FD of 5.3 on shapes, not 6.5 (one seed), but for another divergence.
 LOGIT_CLAMP = 10
-VERIFIER_SIGMAS = [0.2, 0.5, 1.0]  # noise levels of best_of; the paper's are unknown. Lower ones judge only noise
+VERIFIER_SIGMAS = [0.2, 0.5, 1.0]  # noise levels of best_of; the paper's are unknown. Lower ones show fine grain only
 WEIGHTS = {'1': 0, 'sigma': 1, 'sigma2': 2}  # w(sigma) = sigma^power; sigma2 is Diff-Instruct's weight
 # h(r) = r^2 f''(r) as a function of l = log r; the comments give f. Only js and rkl are known to be in the paper.
-# Deviation: js gives the exact gradient of its divergence; the paper's DiJS may use the surrogate ns instead.
+# Deviation: js has the exact gradient of the Jensen-Shannon divergence; the paper's DiJS may be the surrogate ns.
 DIVERGENCES = {
-    'js':        lambda l: torch.sigmoid(l) / 2,  # (r ln r - (1 + r) ln((1 + r) / 2)) / 2: Jensen-Shannon, "DiJS"
+    'js':        lambda l: torch.sigmoid(l) / 2,  # (r ln r - (1 + r) ln((1 + r) / 2)) / 2: Jensen-Shannon divergence
     'rkl':       lambda l: torch.ones_like(l),    # -ln r: KL(p_student || p_data), "DiKL", as Diff-Instruct
     'fkl':       lambda l: l.exp(),               # r ln r: KL(p_data || p_student)
     'hellinger': lambda l: (l / 2).exp() / 4,     # (sqrt r - 1)^2 / 2: squared Hellinger distance
@@ -270,7 +270,7 @@ def update_ema(ema, net, nimg, batch, ema_kimg):
 
 def train(args):
     """Train, or continue, up to --kimg. Returns False if there was nothing left to do."""
-    # Initialize. --batch is global. This rank takes its slices, `rounds`, one by one and adds up their gradients.
+    # Initialize. --batch is global. Gradient accumulation: this rank adds up gradients over `rounds`, its slices.
     rank, world_size, device = setup()
     if args.batch % world_size:
         raise ValueError(f'--batch {args.batch} is not a multiple of the {world_size} processes')
@@ -298,12 +298,12 @@ def train(args):
         edm_nets.compile_networks(student, ratio_net)
     wrap = functools.partial(DDP, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
     ddp_student, ddp_ratio = wrap(student), wrap(ratio_net)
-    # The betas are Diff-Instruct's. Deviation: SiD has beta1 = 0.9 on FFHQ, and eps 1e-6 for 100 times larger losses.
+    # The betas are Diff-Instruct's. Deviation: SiD has beta1 0.9 on FFHQ, and eps 1e-6, but losses 100 times larger.
     adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), fused=True)
     student_optimizer = adam(parameter_groups(student, args.init, args.lr, args.fresh_lr))
     ratio_optimizer = adam(parameter_groups(ratio_net, args.ratio_init, args.ratio_lr, args.fresh_lr))
 
-    # Resume. `parts` and the two counts of images are the whole state: random numbers follow from the counts.
+    # Resume. `parts` and two counts of images are the whole state: random numbers follow from seed and counts.
     parts = dict(student=student, ema=ema, ratio_net=ratio_net, student_optimizer=student_optimizer,
                  ratio_optimizer=ratio_optimizer)
     config, state = data.load_checkpoint(args, parts, {'best_of', 'verifier'}, teacher=fingerprint,
@@ -316,7 +316,7 @@ def train(args):
         data.start_log(args, state, f'[1/3] teacher of {a / 1e6:.2f} M parameters: {args.teacher}\n'
                        f'[2/3] training the ratio network of {b / 1e6:.2f} M parameters, {warmed / 1000:g} to '
                        f'{warmup_total / 1000:g} kimg: ratio_loss should fall below 1.386, the loss of guessing\n'
-                       f'[3/3] training both, {nimg / 1000:g} to {args.kimg:g} kimg: the score should fall; '
+                       f'[3/3] training both, {nimg / 1000:g} to {args.kimg:g} kimg: the FID should fall; '
                        f'pictures of samples: {args.out}/grid-*.png', trained_parameters=a + b)
     ruler = args.eval_images and fid.Ruler(
         dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
@@ -373,7 +373,7 @@ def train(args):
     # Stage 2: student and ratio network in turns.
     means = data.Means(nimg)
     while True:
-        # Status line, snapshot, checkpoint, done?
+        # Status line (a resumed run has its first one already), snapshot, checkpoint, done?
         done = nimg >= total
         snapshot = done or is_due(nimg, args.batch, args.snapshot_kimg)
         if nimg != resumed and (snapshot or is_due(nimg, args.batch, args.status_kimg)):
