@@ -1,11 +1,46 @@
-"""Tables and curves of finished runs. Folders whose names differ only in `-seed0`, `-seed1`, ... go together.
+r"""Tables and curves of finished runs. Folders whose names differ only in `-seed0`, `-seed1`, ... go together.
 
     python assets/figures.py table RUN_FOLDERS                                       # last scores
     python assets/figures.py plot RUN_FOLDERS --columns pixel-FD --out curves.png    # scores against images
     python assets/figures.py keep RUN_FOLDERS                                        # add them to assets/trials.json
     python assets/figures.py distance NETWORKS --dataset cifar10 --out table.txt     # by EfficientNet-Lite0's features
 
-The scores of the README's runs are kept in assets/trials.json. A folder that does not exist is looked up there by name.
+The scores of the README's runs are kept in assets/trials.json, each with its command. A folder that does not exist is
+looked up there by name. These commands made the runs, for each seed $s. Each run had one core (OMP_NUM_THREADS=1); the
+teacher of CIFAR-10 at 16 pixels had two, and its images came from JPEG files of quality 75.
+
+    python disback.py --seed $s --snapshot-kimg 2 --out runs/disback-seed$s
+    python teacher_free.py --seed $s --snapshot-kimg 2 --out runs/teacher-free-seed$s
+    python distributional.py --seed $s --snapshot-kimg 2 --out runs/gdd-seed$s                     # gdd-i: --freeze 1
+    python disback.py --seed $s --kimg 24 --snapshot-kimg 1.5 --status-kimg 0.5 --eval-images 1000 --node-kimg 1.5 \
+        --out runs/near-path-seed$s    # plain: --nodes 0; far: --sigma-init 80; noise: --student-sigma -1.2 1.2
+    python teacher_free.py --seed $s --kimg 30 --snapshot-kimg 10 --eval-images 1000 --draws 1 --ratio-updates 1 \
+        --fresh-lr 1e-3 --init random --ratio-init features --out runs/init-random-ratio-features-seed$s
+    python data.py prepare cifar10 datasets/c16 --resolution 16
+    python edm_nets.py train --dataset cifar10 --data datasets/c16 --cond 1 --channels 32 --channel-mult 1 2 4 \
+        --blocks 1 --attention 8 4 --dropout 0 --batch 128 --lr 1e-3 --rampup-kimg 20 --decay 0.3 --kimg 1000 \
+        --snapshot-kimg 250 --precision bf16 --compile --out runs/c16-teacher
+    python distributional.py --dataset cifar10 --data datasets/c16 --teacher runs/c16-teacher/teacher-001000.pt \
+        --backbones energy --batch 32 --d-lr 6e-4 --sigma-init 2.5 --features pixels --eval-images 2000 --kimg 20 \
+        --snapshot-kimg 5 --status-kimg 1 --freeze 0 --seed $s --out runs/c16-gdd-seed$s
+        # c16-gdd-i: --freeze 1; c16-slow-gdd, c16-slow-gdd-i: also --lr 3e-5
+
+These make the tables and pictures:
+
+    python assets/figures.py table 'c16-*' --columns pixel-FD precision recall
+    python assets/figures.py distance runs/c16-gdd*/student-000020.pt runs/c16-teacher/teacher-001000.pt \
+        --data datasets/c16
+    python assets/figures.py table 'disback-*' 'teacher-free-*' 'gdd-*' \
+        --columns pixel-FD precision recall valid kimg seconds
+    python assets/figures.py table '*-plain-*' '*-path-*' --columns pixel-FD --reach 10 5
+    python assets/figures.py table 'init-*' --columns pixel-FD precision recall
+    python assets/figures.py plot 'near-*' 'far-*' --out assets/backtracking.png
+    python edm_nets.py sample --net assets/teacher-shapes.pt runs/disback-seed1/student-000028.pt \
+        runs/teacher-free-seed0/student-000020.pt runs/gdd-seed1/student-000028.pt --seeds 0 35 \
+        --titles 'teacher, 18 steps' DisBack DiffRatio GDD --out assets/samples.png
+    python edm_nets.py sample --net runs/c16-teacher/teacher-001000.pt runs/c16-gdd-seed0/student-000020.pt \
+        runs/c16-gdd-i-seed0/student-000020.pt --seeds 0 35 \
+        --titles 'teacher, 18 steps' GDD GDD-I --out assets/freezing.png
 """
 
 import argparse
@@ -77,7 +112,9 @@ def keep(runs):
 
 def spread(values):
     """Text: the mean and, after ±, the sample standard deviation."""
-    return f'{np.mean(values):.4g}' + (f' ±{np.std(values, ddof=1):.2g}' if len(values) > 1 and np.ptp(values) else '')
+    if len(values) < 2 or not np.ptp(values):
+        return f'{np.mean(values):.4g}'
+    return f'{np.mean(values):.4g} ±{float(f"{np.std(values, ddof=1):.2g}"):g}'
 
 
 def table(runs, reach=()):
@@ -225,8 +262,12 @@ def main(argv=None):
         if args.command == 'keep':
             return keep(args.runs)
         if args.command == 'distance':
-            rows = distances(args.runs, data.open_dataset(args.dataset, args.data), args.num)
-            return fid.report(rows, args.out, list(rows[args.runs[0]]))
+            groups = {}
+            for name, row in distances(args.runs, data.open_dataset(args.dataset, args.data), args.num).items():
+                groups.setdefault(re.sub(r'-seed\d+', '', name), []).append(row)
+            columns = list(groups[f'{args.num} images of the data'][0])
+            rows = {name: {c: spread([row[c] for row in group]) for c in columns} for name, group in groups.items()}
+            return fid.report(rows, args.out, columns)
         fid.report(table(args.runs, args.reach),
                    columns=[*(args.columns or COLUMNS), *(f'kimg to {value:g}' for value in args.reach)])
 

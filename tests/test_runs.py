@@ -434,7 +434,8 @@ def test_the_six_lines_of_the_readme_draw_a_picture(tmp_path, monkeypatch):
     edm_nets.save(path, net, 'shapes', 28_000)
     monkeypatch.chdir(tmp_path)
     exec(code, space := {})  # our own text
-    assert len(code.splitlines()) == 6 and space['x'].shape == (64, 3, 16, 16)
+    assert len(code.splitlines()) == 6
+    assert space['images'].shape == (64, 3, 16, 16) and space['x'].shape == (1, 3, 16, 16)
     assert Image.open('samples.png').size == (8 * 32, 8 * 32)
 
 
