@@ -8,8 +8,8 @@ their own score (the fake score, learned on the fly). Far from the data, where G
 unreliable. DisBack therefore aims at nearer targets first:
   1. Degradation recording (Alg. 1): fine-tune a copy of the teacher on samples of the untouched student, and save it N
      times on the way, as nodes 1 to N. Node 0 is the teacher, and node N models the student's initial distribution.
-  2. Distribution backtracking (Alg. 2): distil from node N-1, then from node N-2, ..., at last from node 0. Node N is
-     what the fake score starts as. With --nodes 0 this is plain score distillation, Diff-Instruct (arXiv:2305.18455).
+  2. Distribution backtracking (Alg. 2): distil from node N-1, then from node N-2, ..., at last from node 0. The fake
+     score starts as node N itself. With --nodes 0 this is plain score distillation, Diff-Instruct (arXiv:2305.18455).
 
     paper             here          paper         here
     G_stu(z; eta)     student       s'_theta_i    target, node i of the path
@@ -232,7 +232,7 @@ def train(args):
         discriminator = parts['discriminator'] = make_discriminator(h.shape[1]).to(device)
         ddp_discriminator = wrap(discriminator)
         fake_parameters += discriminator.parameters()
-    # The betas are Diff-Instruct's. Deviation: SiD has beta1 0.9 on FFHQ, and eps 1e-6, but losses 100 times larger.
+    # Diff-Instruct's betas. Deviation: SiD has beta1 0.9 on FFHQ. Its eps is 1e-6, but its losses are 100 times larger.
     adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), fused=True)
     student_optimizer = parts['student_optimizer'] = adam(student.parameters(), args.lr)
     fake_optimizer = parts['fake_optimizer'] = adam(fake_parameters, args.degrade_lr if args.nodes else args.fake_lr)

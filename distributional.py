@@ -4,7 +4,7 @@
 from its ICML 2025 version on "Revisiting Diffusion Models: From Generative Pre-training to One-Step Generation"
 (arXiv:2506.09376: D2O, D2O-F), B. Zheng and T. Yang. Other methods make the student copy the teacher's image of each
 noise; the paper says that one step cannot do this. Here the student's images only have to look like the data, and the
-teacher is never called. A step, with a batch of real images x:
+teacher is never called. Each step uses a batch of real images x:
   1. Student: L_G = E[ softplus(-l(G(z))) ], the non-saturating GAN loss. l are the logits of the discriminator.
   2. Discriminator: L_D = E[ softplus(-l(x)) + softplus(l(G(z'))) ], z' fresh.
   3. Discriminator again, every 16th step, as an update of its own: 16 gamma / 2 E[ |grad_x sum l(x)|^2 ] (R1).
@@ -386,7 +386,7 @@ def train(args):
         edm_nets.compile_networks(student)
     wrap = functools.partial(DDP, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
     ddp_student, ddp_discriminator = wrap(student), wrap(discriminator)
-    warnings.filterwarnings('ignore', message='Grad strides do not match')  # harmless: weights with one row
+    warnings.filterwarnings('ignore', message='Grad strides do not match')  # by R1, of weights with one row: harmless
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=args.lr, betas=(0.0, 0.99), fused=True)
     # R1 takes extra optimizer steps; Adam's rate and beta are adjusted to make up for them, as in StyleGAN2.
@@ -409,7 +409,7 @@ def train(args):
         data.start_log(args, state, f'[1/2] teacher of {b / 1e6:.2f} M parameters: {args.teacher}\n'
                        f'[2/2] training the student ({1 - a / b:.2%} frozen) against a discriminator of {c / 1e6:.2f} '
                        f'M parameters on {" + ".join(args.backbones)}, {nimg / 1000:g} to {args.kimg:g} kimg: the '
-                       f'FID should fall; pictures of samples: {args.out}/grid-*.png', trained_parameters=a + c)
+                       f'Fréchet distance should fall; samples: {args.out}/grid-*.png', trained_parameters=a + c)
     ruler = args.eval_images and fid.Ruler(
         dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
     shape = [args.batch, student.img_channels, student.img_resolution, student.img_resolution]  # of the global batch

@@ -736,7 +736,7 @@ def common_flags(script, description, presets, argv):
                                 help='images generated for each score during training; 0: no scores (%(default)s)')
         parser.set_defaults(features='pixels' if dataset == 'shapes' else 'inception')
         evaluation.add_argument('--features', choices=['inception', 'pixels'],
-                                help='what scores compare: features of Inception (this is FID) or pixels; %(default)s')
+                                help='what scores compare: Inception features for FID, or pixels (%(default)s)')
     return parser, method, evaluation
 
 # ----------------------------------------------------------------------------------------------------

@@ -42,9 +42,9 @@ import fid
 # Settings. Deviation: the paper's settings (its appendix) were not available to us. For real data, batch, lr,
 # sigma_init, ema_kimg and a first stage of 100 kimg come from SiD (Score identity Distillation) and SiDA. The ratio
 # network learns at the student's rate, as in Score-of-Mixture Training from a teacher; on shapes, 1 and 5 times this
-# rate gave pixel-FD 3.7 and 11.3 (lr 1e-4, 4 draws, 28 kimg, one seed). The distribution of
-# sigma is Diff-Instruct's, wider for the ratio network. We ran these rows for a few steps only. The row `shapes` is our
-# choice. batch_gpu is an estimate for 40 GB.
+# rate gave pixel-FD 3.7 and 11.3 (lr 1e-4, 4 draws, 28 kimg, one seed). The distribution of sigma is Diff-Instruct's,
+# wider for the ratio network. We ran these rows for a few steps only. The row `shapes` is our choice. batch_gpu is an
+# estimate for 40 GB.
 
 REAL = dict(batch=512, batch_gpu=64, lr=1e-5, ratio_lr=1e-5, ratio_updates=1, draws=1, sigma_init=2.5,
             student_sigma=(-1.2, 1.2), ratio_sigma=(-1.2, 1.4), decay=0.0, warmup_kimg=100, ema_kimg=500, kimg=50_000,
@@ -298,7 +298,7 @@ def train(args):
         edm_nets.compile_networks(student, ratio_net)
     wrap = functools.partial(DDP, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
     ddp_student, ddp_ratio = wrap(student), wrap(ratio_net)
-    # The betas are Diff-Instruct's. Deviation: SiD has beta1 0.9 on FFHQ, and eps 1e-6, but losses 100 times larger.
+    # Diff-Instruct's betas. Deviation: SiD has beta1 0.9 on FFHQ. Its eps is 1e-6, but its losses are 100 times larger.
     adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), fused=True)
     student_optimizer = adam(parameter_groups(student, args.init, args.lr, args.fresh_lr))
     ratio_optimizer = adam(parameter_groups(ratio_net, args.ratio_init, args.ratio_lr, args.fresh_lr))
@@ -316,8 +316,8 @@ def train(args):
         data.start_log(args, state, f'[1/3] teacher of {a / 1e6:.2f} M parameters: {args.teacher}\n'
                        f'[2/3] training the ratio network of {b / 1e6:.2f} M parameters, {warmed / 1000:g} to '
                        f'{warmup_total / 1000:g} kimg: ratio_loss should fall below 1.386, the loss of guessing\n'
-                       f'[3/3] training both, {nimg / 1000:g} to {args.kimg:g} kimg: the FID should fall; '
-                       f'pictures of samples: {args.out}/grid-*.png', trained_parameters=a + b)
+                       f'[3/3] training both, {nimg / 1000:g} to {args.kimg:g} kimg: the Fréchet distance should '
+                       f'fall; pictures of samples: {args.out}/grid-*.png', trained_parameters=a + b)
     ruler = args.eval_images and fid.Ruler(
         dataset, args.features, device, cache=f'{args.out}/reference-{args.features}.npz')
     shape = [args.batch, student.img_channels, student.img_resolution, student.img_resolution]  # of the global batch
