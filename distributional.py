@@ -48,8 +48,8 @@ import fid
 # ----------------------------------------------------------------------------------------------------
 # Settings. The rows of real data are the authors' released commands (we could not read their tables). We ran these rows
 # for a few steps only. --freeze is 1 where GDD-I has the paper's best FID. --d-lr is the learning rate before
-# StyleGAN2's correction for lazy R1. batch_gpu is an estimate of what fits into 80 GB. The authors report the snapshot
-# with the lowest FID, at 5 to 9 million images.
+# StyleGAN2's correction for lazy R1. batch_gpu was measured to need 45 GiB or less. The authors report the
+# snapshot with the lowest FID, at 5 to 9 million images.
 # Deviation: on four GPUs their GAN loss is a sum over batch / 4 images, and R1 a mean. Ours are both means. Adam
 # ignores a common factor. Dividing their terms by the batch / 4 images gives our means, and a gamma of 4e-4 / batch.
 #
