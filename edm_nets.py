@@ -970,8 +970,8 @@ def sample(argv):
     p.add_argument('--titles', nargs='+', default=[], help='a heading for each network (its path and steps)')
     p.add_argument('--out', default='grid.png', help='PNG to write (%(default)s)')
     args = p.parse_args(argv)
-    if len(args.titles) not in (0, len(args.net)):
-        p.error(f'{len(args.titles)} --titles for {len(args.net)} networks: give one for each')
+    if args.titles and not len(args.titles) == len(set(args.titles)) == len(args.net):
+        p.error(f'--titles {" ".join(args.titles)}: give {len(args.net)} different ones, one for each network')
     panels, seeds = {}, range(args.seeds[0], args.seeds[1] + 1)
     if not seeds:
         p.error('--seeds: LAST must not be below FIRST')
