@@ -101,11 +101,13 @@ def clear_errors(script):
     try:
         if 'RANK' in os.environ and 'LOCAL_RANK' not in os.environ:
             raise ValueError('RANK is set and LOCAL_RANK is not: start several processes with torchrun')
+        if 0 < torch.cuda.device_count() <= int(os.environ.get('LOCAL_RANK', 0)):
+            raise ValueError(f'--nproc_per_node must not be above the {torch.cuda.device_count()} GPUs of this machine')
         yield
     except Exception as error:  # every error is printed, in one line or with its traceback
         mendable = isinstance(error, (OSError, ValueError, FloatingPointError, MemoryError, dist.DistNetworkError))
         if isinstance(error, torch.OutOfMemoryError):
-            mendable, error = True, f'{error} A smaller --batch-gpu needs less memory.'
+            mendable, error = True, f'{error} A smaller --batch-gpu (fid.py: --batch) needs less memory.'
         print(f'{script}: {error}' if mendable else traceback.format_exc(), file=sys.stderr, flush=True)
         if dist.is_initialized() and dist.get_world_size() > 1:
             os._exit(1)  # the other processes may be waiting for this one: torchrun ends them
@@ -205,7 +207,7 @@ def load_checkpoint(args, parts, may_change=frozenset(), **fingerprints):
 
     Returns (config, state). config is what a resumed run must repeat: `args` except for MAY_CHANGE and `may_change`. If
     args.decay is 0, --kimg may change too, as no learning rate depends on it. Data and teacher may move but not change:
-    their fingerprints are compared, not their paths. state is the checkpoint's content, or {} for a new run.
+    their fingerprints are compared, not their paths. state is the rest of the checkpoint, or {} for a new run.
     """
     may_change = MAY_CHANGE | may_change | (set() if args.decay else {'kimg'})
     config = dict({k: v for k, v in vars(args).items() if k not in may_change}, **fingerprints)
@@ -222,7 +224,7 @@ def load_checkpoint(args, parts, may_change=frozenset(), **fingerprints):
     for name, part in parts.items():
         part.load_state_dict(state[name])
     dist.barrier()  # no rank may write a checkpoint before all ranks have read it
-    return config, state
+    return config, {k: v for k, v in state.items() if k not in parts}  # unmaps the file
 
 
 def start_log(args, state, plan, **more):
@@ -321,6 +323,7 @@ class Folder:
         if not (path / 'images.npy').is_file():
             names = f'{path} {path.with_suffix("")}' if path.is_file() else f'SOURCE {path}'
             command = HOW_TO_PREPARE.get(path.name, f'python data.py prepare {names}')
+            command = command.replace(f'datasets/{path.name}', str(path))
             raise FileNotFoundError(f'no images.npy in {path}: make it with `{command}`')
         try:
             self.data = np.load(path / 'images.npy', mmap_mode='r')
@@ -583,7 +586,7 @@ def prepare(source, dest, resolution=None, use_labels=True):
         raise FileExistsError(f'{dest} exists already: remove it first, or name another place')
     if str(source) == 'cifar10':
         source = download(CIFAR10_URL, dest.parent / CIFAR10_URL.rsplit('/', 1)[-1], md5=CIFAR10_MD5)
-    temporary = dest.with_name(f'.{dest.name}.{os.getpid()}.partial')
+    temporary = dest.with_name(f'.{dest.name}.{os.uname().nodename}.{os.getpid()}.partial')
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     labels, classes, n, side, notes = [], [], 0, None, collections.Counter()
@@ -615,12 +618,10 @@ def prepare(source, dest, resolution=None, use_labels=True):
             np.save(temporary / 'labels.npy', np.array(labels, np.int64))
         if labels and classes:
             (temporary / 'classes.json').write_text(json.dumps(classes))
-        if dest.exists():
-            raise FileExistsError(f'{dest} exists by now: another process made it')
         os.replace(temporary, dest)
     except Exception as error:  # a damaged or hostile source can cause any exception; it is reported in one line
-        if isinstance(error, FileExistsError):
-            raise
+        if dest.exists():
+            raise FileExistsError(f'{dest} exists by now: another process made it') from None
         kind = '' if isinstance(error, (OSError, ValueError)) else f'it may be damaged, {type(error).__name__}: '
         raise ValueError(f'cannot prepare {source}: {kind}{error}') from None
     finally:

@@ -972,11 +972,14 @@ def sample(argv):
     args = p.parse_args(argv)
     if args.titles and not len(args.titles) == len(set(args.titles)) == len(args.net):
         p.error(f'--titles {" ".join(args.titles)}: give {len(args.net)} different ones, one for each network')
-    panels, seeds = {}, range(args.seeds[0], args.seeds[1] + 1)
+    panels, sizes, seeds = {}, set(), range(args.seeds[0], args.seeds[1] + 1)
     if not seeds:
         p.error('--seeds: LAST must not be below FIRST')
     for path, title in itertools.zip_longest(args.net, args.titles):
         net = load(path).to('cuda' if torch.cuda.is_available() else 'cpu')
+        sizes.add(net.img_resolution)
+        if len(sizes) > 1:
+            raise ValueError(f'{path} makes images of another size than {args.net[0]}')
         net.sigma_init = args.sigma_init or net.sigma_init
         steps = args.steps or (18 if net.sigma_init is None else 1)
         if steps == 1 and net.sigma_init is None:

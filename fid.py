@@ -425,7 +425,7 @@ def summarize(args, before=None):
         rows['data, other images'] = ruler.score(other.images, args.eval_images)
         known = Path(args.teacher).with_suffix('.json')  # from `fid.py score --out`; the shipped teacher has one
         known = known.is_file() and args.features == 'pixels' and json.loads(known.read_text())
-        rows['teacher, 18 steps'] = known or ruler.score(
+        rows['teacher, 18 steps'] = known if known and known.get('images') == args.eval_images else ruler.score(
             lambda i: edm_nets.generate(teacher, i, 18), args.eval_images)
         for stats in read_stats(args.out):
             if 'images' in stats:
@@ -494,12 +494,12 @@ def main(argv=None):
             scores = ruler.score(images_of, args.num, args.batch)
             line = '  '.join(f'{k} {v:.5g}' for k, v in scores.items())
             line += f'  seconds {time.perf_counter() - start:.5g}'
-            if args.out and rank == 0:
+        if rank == 0:
+            print(line, flush=True)
+            if args.command == 'score' and args.out:
                 scores['command'] = ' '.join(['python', *sys.argv])
                 with data.whole_file(args.out) as f:
                     f.write((json.dumps(scores, indent=1) + '\n').encode())
-        if rank == 0:
-            print(line, flush=True)
         dist.destroy_process_group()
 
 

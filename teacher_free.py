@@ -43,8 +43,8 @@ import fid
 # sigma_init, ema_kimg and a first stage of 100 kimg come from SiD (Score identity Distillation) and SiDA. The ratio
 # network learns at the student's rate, as in Score-of-Mixture Training from a teacher; on shapes, 1 and 5 times this
 # rate gave pixel-FD 3.7 and 11.3 (lr 1e-4, 4 draws, 28 kimg, one seed). The distribution of sigma is Diff-Instruct's,
-# wider for the ratio network. We ran these rows for a few steps only. The row `shapes` is our choice. batch_gpu was
-# measured to need 37 GiB or less.
+# wider for the ratio network. We ran these rows for a few steps only. The row `shapes` is our choice. batch_gpu
+# should fit 40 GB; 32 images of ImageNet-64 took 37 GiB, before the noise of a batch of 8192.
 
 REAL = dict(batch=512, batch_gpu=64, lr=1e-5, ratio_lr=1e-5, ratio_updates=1, draws=1, sigma_init=2.5,
             student_sigma=(-1.2, 1.2), ratio_sigma=(-1.2, 1.4), decay=0.0, warmup_kimg=100, ema_kimg=500, kimg=50_000,
@@ -56,7 +56,7 @@ PRESETS = {  # *_sigma: mean and standard deviation of ln sigma; decay: last sha
     'cifar10':    dict(REAL, batch=256, batch_gpu=128),
     'ffhq64':     REAL,
     'afhqv2':     dict(REAL, lr=5e-6, ratio_lr=5e-6),
-    'imagenet64': dict(REAL, batch=8192, batch_gpu=32, lr=4e-6, ratio_lr=4e-6, warmup_kimg=1000, ema_kimg=2000,
+    'imagenet64': dict(REAL, batch=8192, batch_gpu=16, lr=4e-6, ratio_lr=4e-6, warmup_kimg=1000, ema_kimg=2000,
                        kimg=200_000, xflip=False, snapshot_kimg=4000, status_kimg=50),
 }
 RATIO_NETS, RATIO_INITS = ['energy', 'encoder', 'lightweight'], ['features', 'teacher', 'random']
@@ -88,7 +88,7 @@ def parse_args(argv=None):
     p.add_argument('--init', choices=INITS, default='teacher',
                    help="which weights the student starts from, see initial_student (%(default)s)")
     p.add_argument('--fresh-lr', type=positive(float), metavar='LR', help='learning rate of the weights that '
-                   'start at random, see --init and --ratio-init (that of the other weights)')
+                   '--init and --ratio-init leave random (that of the other weights)')
     p.add_argument('--single-level', metavar='FILE', help='network of one noise level, for --init single-level')
     evaluation.add_argument('--best-of', type=positive(int), nargs='+', metavar='K', default=[],
                             help='after training, score the best of K candidates per image, for each K')
@@ -301,7 +301,8 @@ def train(args):
     # Diff-Instruct's betas. Deviation: SiD has beta1 0.9 on FFHQ. Its eps is 1e-6, but its losses are 100 times larger.
     adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), fused=True)
     student_optimizer = adam(parameter_groups(student, args.init, args.lr, args.fresh_lr))
-    ratio_optimizer = adam(parameter_groups(ratio_net, args.ratio_init, args.ratio_lr, args.fresh_lr))
+    ratio_init = 'random' if args.ratio_net == 'lightweight' else args.ratio_init
+    ratio_optimizer = adam(parameter_groups(ratio_net, ratio_init, args.ratio_lr, args.fresh_lr))
 
     # Resume. `parts` and two counts of images are the whole state: random numbers follow from seed and counts.
     parts = dict(student=student, ema=ema, ratio_net=ratio_net, student_optimizer=student_optimizer,

@@ -4,8 +4,8 @@
      same random numbers, so all should have the same losses. Only five steps of each stage are compared, because small
      differences grow. (Those of teacher_free.py are large from the start: the gradient of its constant term a_0 is zero
      except for rounding, but Adam turns it into full steps.)
-  2. Every script is timed for a few steps of --batch-gpu images in bf16, with the presets of cifar10, ffhq64 and
-     imagenet64. So are single calls of their networks, in fp32 and in bf16, and of Inception.
+  2. Every script is timed for a few steps in bf16, with the presets of cifar10, ffhq64 and imagenet64. A step adds up
+     two rounds of --batch-gpu images. Single calls of the networks are timed in fp32 and bf16, and so is Inception.
   3. Part 1 is repeated with --compile, and so are the timings of two teachers in training.
 Weights and images are random; they take as long as real ones. On a CPU, `--tiny` runs parts 1 and 2 on small networks.
 """
@@ -158,10 +158,10 @@ def time_preset(script, name, flags, peak, tiny):
     with mock.patch('data.step_generator', steps), mock.patch('data.save_checkpoint'), \
             mock.patch('distributional.feature_network', lambda backbone, _: distributional.FEATURES[backbone][0]()), \
             mock.patch('edm_nets.save'), mock.patch('edm_nets.generate', no_images):
-        if not run(script, f'{REAL[script]} {flags} --batch {n} --kimg {0.007 * n} --precision bf16'):
-            return dict(batch=str(n), ms='FAILED')
+        if not run(script, f'{REAL[script]} {flags} --batch {2 * n} --kimg {0.014 * n} --precision bf16'):
+            return dict(batch=f'2 x {n}', ms='FAILED')
     step = float(np.median(np.diff(steps.times)[2:]))
-    row = {'batch': str(n), 'ms': f'{step * 1e3:.1f}', 'images/s': f'{n / step:.1f}'}
+    row = {'batch': f'2 x {n}', 'ms': f'{step * 1e3:.1f}', 'images/s': f'{2 * n / step:.1f}'}
     if steps.counter:
         flops = steps.counter.get_total_flops()
         row |= {'TFLOP': f'{flops / 1e12:.3g}', 'of peak': f'{flops / step / peak:.1%}'}
@@ -221,7 +221,7 @@ def main(argv=None):
                     'edm_nets', name, f'{flags} --out {folder}/compiled-{name} --compile', peak, args.tiny))
     for title, rows in {
             'Largest difference of a loss from the CPU in fp32, relative to the loss': compared,
-            'A step at --batch-gpu in bf16': timed, 'One call': calls}.items():
+            'A step of two rounds of --batch-gpu images in bf16': timed, 'One call': calls}.items():
         if rows:
             print(f'\n{title}')
             fid.report(rows, columns=list(dict.fromkeys(column for row in rows.values() for column in row)))

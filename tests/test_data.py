@@ -358,3 +358,12 @@ def test_what_can_be_mended_ends_in_one_line_and_the_rest_in_a_traceback(capsys,
         raise error
     message = capsys.readouterr().err
     assert message.startswith(start) and str(error) in message and (start == 'Traceback' or message.count('\n') == 1)
+
+
+def test_more_processes_than_gpus_are_told(monkeypatch, capsys):
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 4)
+    for name in ('RANK', 'LOCAL_RANK'):
+        monkeypatch.setenv(name, '4')
+    with pytest.raises(SystemExit, match='^1$'), data.clear_errors('x.py'):
+        pytest.fail('the script ran')
+    assert capsys.readouterr().err == 'x.py: --nproc_per_node must not be above the 4 GPUs of this machine\n'

@@ -32,8 +32,8 @@ WRONG = {  # what every training script refuses, and what each command does
     'disback': '--loss sid, --gan-weight -1, --node-kimg 0',
     'teacher_free': '--divergence tv, --weight 2, --best-of 0, --single-level x, --dataset cifar10 --init single-level',
     'distributional': '--freeze 2, --r1-gamma -1, --teacher-student-fd 1',
-    'edm_nets sample': '--net x --seeds 5 3, --net x y --titles a a', 'fid ref': '--dataset shapes', 'data prepare': 'x',
-    'fid score': '--net x --dataset shapes --batch -3'}
+    'edm_nets sample': '--net x --seeds 5 3, --net x y --titles a a', 'fid ref': '--dataset shapes',
+    'data prepare': 'x', 'fid score': '--net x --dataset shapes --batch -3'}
 
 
 @pytest.mark.parametrize('path', sorted(ROOT.glob('*.py')), ids=lambda path: path.stem)
