@@ -33,7 +33,7 @@ These make the tables and pictures:
         --data datasets/c16
     python assets/figures.py table 'disback-*' 'teacher-free-*' 'gdd-*' \
         --columns pixel-FD precision recall valid kimg seconds
-    python assets/figures.py table 'far-*' 'near-*' 'noise-*' --columns pixel-FD --reach 10 5
+    python assets/figures.py table 'far-*' 'near-*' --columns pixel-FD --reach 10 5    # 'noise-*' alike
     python assets/figures.py table 'init-*' --columns pixel-FD precision recall
     python assets/figures.py plot 'near-*' 'far-*' --out assets/backtracking.png
     python edm_nets.py sample --net assets/teacher-shapes.pt runs/disback-seed1/student-000028.pt \
