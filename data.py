@@ -224,7 +224,7 @@ def load_checkpoint(args, parts, may_change=frozenset(), **fingerprints):
     for name, part in parts.items():
         part.load_state_dict(state[name])
     dist.barrier()  # no rank may write a checkpoint before all ranks have read it
-    return config, {k: v for k, v in state.items() if k not in parts}  # unmaps the file
+    return config, {k: v for k, v in state.items() if k not in parts}  # tensors would keep the file mapped
 
 
 def start_log(args, state, plan, **more):

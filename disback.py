@@ -41,7 +41,7 @@ import fid
 # data, batch, lr, sigma_init and ema_kimg come from SiD (Score identity Distillation); the distribution of sigma and
 # the equal learning rates come from Diff-Instruct. As in the paper's SDXL script, the recording takes 1 % of the run,
 # and each node takes 1 %. We ran the presets of real data for a few steps only; N = 4 and the preset `shapes` are ours.
-# batch_gpu should fit 40 GB; 64 images of ImageNet-64 took 36 GiB, before the noise of a batch of 8192. A node should
+# batch_gpu should fit 40 GB; 64 images of ImageNet-64 took 36 GiB, without the noise of 8192 images. A node should
 # lie between the teacher and the untouched student. On shapes this student has pixel-FD 25. Nodes had 37 to 57 at a
 # degrade_lr of 1e-3, and 14 at 2e-4 (one seed).
 

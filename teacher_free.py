@@ -44,7 +44,7 @@ import fid
 # network learns at the student's rate, as in Score-of-Mixture Training from a teacher; on shapes, 1 and 5 times this
 # rate gave pixel-FD 3.7 and 11.3 (lr 1e-4, 4 draws, 28 kimg, one seed). The distribution of sigma is Diff-Instruct's,
 # wider for the ratio network. We ran these rows for a few steps only. The row `shapes` is our choice. batch_gpu
-# should fit 40 GB; 32 images of ImageNet-64 took 37 GiB, before the noise of a batch of 8192.
+# should fit 40 GB; 32 images of ImageNet-64 took 37 GiB, without the noise of 8192 images.
 
 REAL = dict(batch=512, batch_gpu=64, lr=1e-5, ratio_lr=1e-5, ratio_updates=1, draws=1, sigma_init=2.5,
             student_sigma=(-1.2, 1.2), ratio_sigma=(-1.2, 1.4), decay=0.0, warmup_kimg=100, ema_kimg=500, kimg=50_000,
