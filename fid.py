@@ -425,7 +425,8 @@ def summarize(args, before=None):
         rows['data, other images'] = ruler.score(other.images, args.eval_images)
         known = Path(args.teacher).with_suffix('.json')  # from `fid.py score --out`; the shipped teacher has one
         known = known.is_file() and args.features == 'pixels' and json.loads(known.read_text())
-        rows['teacher, 18 steps'] = known if known and known.get('images') == args.eval_images else ruler.score(
+        fits = known and (known.get('images'), known.get('steps')) == (args.eval_images, 18)
+        rows['teacher, 18 steps'] = known if fits else ruler.score(
             lambda i: edm_nets.generate(teacher, i, 18), args.eval_images)
         for stats in read_stats(args.out):
             if 'images' in stats:
@@ -480,6 +481,8 @@ def main(argv=None):
             net = data.rank0_first(edm_nets.load, args.net).to(device)
             net.sigma_init = args.sigma_init or net.sigma_init
             steps = args.steps or (18 if net.sigma_init is None else 1)
+            if steps > 1 and args.sigma_init:
+                raise ValueError(f'--sigma-init is for one step, but these are {steps}: leave out one of the two')
             if steps == 1 and net.sigma_init is None:
                 raise ValueError(f'{args.net} is a teacher, not a one-step student: give more --steps, or --sigma-init')
             if net.img_channels != 3 or dataset is not None and net.img_resolution != dataset.resolution:
@@ -497,7 +500,7 @@ def main(argv=None):
         if rank == 0:
             print(line, flush=True)
             if args.command == 'score' and args.out:
-                scores['command'] = ' '.join(['python', *sys.argv])
+                scores |= dict(steps=steps, command=' '.join(['python', *sys.argv]))
                 with data.whole_file(args.out) as f:
                     f.write((json.dumps(scores, indent=1) + '\n').encode())
         dist.destroy_process_group()

@@ -87,8 +87,8 @@ def parse_args(argv=None):
                    help="which of the teacher's weights the ratio network starts from (%(default)s)")
     p.add_argument('--init', choices=INITS, default='teacher',
                    help="which weights the student starts from, see initial_student (%(default)s)")
-    p.add_argument('--fresh-lr', type=positive(float), metavar='LR', help='learning rate of the weights that '
-                   '--init and --ratio-init leave random (that of the other weights)')
+    p.add_argument('--fresh-lr', type=positive(float), metavar='LR', help='learning rate of the U-Net weights '
+                   'that --init and --ratio-init leave random (that of the other weights)')
     p.add_argument('--single-level', metavar='FILE', help='network of one noise level, for --init single-level')
     evaluation.add_argument('--best-of', type=positive(int), nargs='+', metavar='K', default=[],
                             help='after training, score the best of K candidates per image, for each K')
