@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import os
+import platform
 import shutil
 import sys
 import tarfile
@@ -586,7 +587,7 @@ def prepare(source, dest, resolution=None, use_labels=True):
         raise FileExistsError(f'{dest} exists already: remove it first, or name another place')
     if str(source) == 'cifar10':
         source = download(CIFAR10_URL, dest.parent / CIFAR10_URL.rsplit('/', 1)[-1], md5=CIFAR10_MD5)
-    temporary = dest.with_name(f'.{dest.name}.{os.uname().nodename}.{os.getpid()}.partial')
+    temporary = dest.with_name(f'.{dest.name}.{platform.node()}.{os.getpid()}.partial')
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     labels, classes, n, side, notes = [], [], 0, None, collections.Counter()
