@@ -195,8 +195,10 @@ def newest_checkpoint(out):
             if not damaged and torch.load(path, map_location='cpu', weights_only=True, mmap=True)['config']:
                 return path
         except Exception as error:  # a damaged file can cause any exception
-            if isinstance(error, (MemoryError, OSError)) or 'allocate memory' in str(error):
+            if isinstance(error, (MemoryError, OSError)):
                 raise
+            if 'allocate memory' in str(error):
+                raise MemoryError(f'{path}: {error}') from None
         print(f'{path} is damaged and is renamed to {path}.damaged', flush=True)
         os.replace(path, f'{path}.damaged')
     if [*Path(out).glob('*.pt.damaged'), *Path(out).glob('student-*.pt'), *Path(out).glob('teacher-*.pt')]:

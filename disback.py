@@ -4,8 +4,8 @@
 2025, arXiv:2408.15991 v3. No real images are needed. We trained on shapes only. The paper's FID on ImageNet-64 is 1.38.
 
 A score is the gradient of log p. Score distillation moves the samples of a student G along the teacher's score minus
-their own score (the fake score, learned on the fly). Far from the data, where G begins, the teacher's score is
-unreliable. DisBack therefore aims at nearer targets first:
+their own score (the fake score, learned on the fly). The paper says: far from the data, where G begins, the teacher's
+score is unreliable. DisBack therefore aims at nearer targets first:
   1. Degradation recording (Alg. 1): fine-tune a copy of the teacher on samples of the untouched student, and save it N
      times on the way, as nodes 1 to N. Node 0 is the teacher, and node N models the student's initial distribution.
   2. Distribution backtracking (Alg. 2): distil from node N-1, then from node N-2, ..., at last from node 0. The fake
@@ -60,7 +60,8 @@ PRESETS = {  # *_sigma: mean and standard deviation of ln sigma; decay: last sha
 }
 sigma_data = 0.5  # EDM's standard deviation of the pixels
 # Deviation: the released scripts enable a GAN loss. Here it is off by default, because Alg. 2 has none. It comes from
-# DMD2, which draws separate noise levels for it, uniformly from a grid. Here it uses those of the distillation.
+# DMD2, which draws separate noise levels for it, uniformly from a grid. Here the student's part uses the student's
+# levels, and the discriminator's part those of the fake score.
 DISCRIMINATOR_WEIGHT = 1e-2  # weight of the discriminator's loss, as in DMD2 for ImageNet-64
 
 
@@ -85,8 +86,8 @@ def parse_args(argv=None):
                    help="mean and standard deviation of ln sigma in the fake score's loss %(default)s")
     p.add_argument('--loss', choices=['di', 'dmd'], default='di',
                    help="weight of the score difference: Diff-Instruct's or DMD's (%(default)s)")
-    p.add_argument('--score-precision', choices=['fp16', 'fp32'], default='fp16', help='number format of the fake '
-                   'and the target score with --precision bf16; use fp32 if fp16 overflows (%(default)s)')
+    p.add_argument('--score-precision', choices=['fp16', 'fp32'], default='fp16', help='number format of both '
+                   "scores in the student's loss with --precision bf16; use fp32 if fp16 overflows (%(default)s)")
     p.add_argument('--gan-weight', type=float, default=0, metavar='W',
                    help="weight of an additional GAN loss; DMD2 uses 3e-3, together with --loss dmd (%(default)s)")
     args = parser.parse_args(argv)
@@ -142,7 +143,7 @@ def recording_steps(steps, nodes):
 def node_at(nimg, nodes, node_kimg):
     """The target node after `nimg` student images: N-1 at first, then one less every node_kimg, down to 0, the teacher.
 
-    Deviation: the released loop changes its target only once; here the text of the paper is followed.
+    Deviation: the released loop changes its target once, and even that fails (see `train`); we follow the text.
     """
     return max(nodes - 1 - int(nimg // (node_kimg * 1000)), 0)
 
@@ -198,11 +199,13 @@ def train(args):
         raise ValueError(f'--batch {args.batch} is not a multiple of the {world_size} processes')
     share = args.batch // world_size
     size = max(n for n in range(1, min(args.batch_gpu or share, share) + 1) if share % n == 0)
+    if 2 * size < min(args.batch_gpu or share, share):
+        raise ValueError(f'{share} images per GPU make {share // size} rounds of {size}: give another --batch')
     rounds = [slice(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == 'bf16')
-    # The student's gradient is the small difference of two similar networks, so both run in fp16. When 1, 10, 100
-    # steps lie between them, its relative error on shapes is about 5, 0.7, 0.1 in bf16, but 0.7, 0.1, 0.01 in fp16.
+    # The student's gradient is the small difference of two similar networks, so both run in fp16. If one has had 1,
+    # 10, 100 more steps on shapes, its relative error is about 5, 0.7, 0.1 in bf16, but 0.7, 0.1, 0.01 in fp16.
     fp16 = args.precision == 'bf16' and args.score_precision == 'fp16'
     score_autocast = functools.partial(torch.autocast, device.type, torch.float16, enabled=fp16)
 
@@ -233,7 +236,7 @@ def train(args):
         discriminator = parts['discriminator'] = make_discriminator(h.shape[1]).to(device)
         ddp_discriminator = wrap(discriminator)
         fake_parameters += discriminator.parameters()
-    # Diff-Instruct's betas. Deviation: SiD has beta1 0.9 on FFHQ. Its eps is 1e-6, but its losses are 100 times larger.
+    # Diff-Instruct's betas. Deviation: SiD has beta1 0.9 on FFHQ, and an eps of 1e-6 for losses 100 times larger.
     adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), fused=True)
     student_optimizer = parts['student_optimizer'] = adam(student.parameters(), args.lr)
     fake_optimizer = parts['fake_optimizer'] = adam(fake_parameters, args.degrade_lr if args.nodes else args.fake_lr)

@@ -51,7 +51,8 @@ import fid
 # StyleGAN2's correction for lazy R1. batch_gpu was measured to need 45 GiB or less. The authors report the
 # snapshot with the lowest FID, at 5 to 9 million images.
 # Deviation: on four GPUs their GAN loss is a sum over batch / 4 images, and R1 a mean. Ours are both means. Adam
-# ignores a common factor. Dividing their terms by the batch / 4 images gives our means, and a gamma of 4e-4 / batch.
+# ignores a common factor. Dividing their terms by the batch / 4 images gives our means, and turns their gamma of 1e-4
+# into 4e-4 / batch. Deviation: they, like EDM, replace gradients that are not finite; here such a run stops.
 #
 # With U-Nets as backbones, gamma is 1. The row `shapes` is our choice. Its sigma_init is 2.5 because the small teacher
 # was hardly trained at 80.
@@ -100,6 +101,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.r1_gamma is None:
         args.r1_gamma = 1.0 if set(args.backbones) <= set(UNETS) else 4e-4 / args.batch
+    if len(set(args.backbones)) < len(args.backbones):
+        parser.error(f'--backbones {" ".join(args.backbones)}: give each one once')
     if args.r1_gamma < 0 or args.teacher_student_fd and (min(args.teacher_student_fd) < 2 or not args.eval_images):
         parser.error('--r1-gamma must not be negative; --teacher-student-fd must be at least 2 and needs --eval-images')
     return args
@@ -315,8 +318,6 @@ def make_discriminator(args, teacher, dataset, device):
             critic = edm_nets.make_critic('encoder' if name == 'unet' else name, teacher)
             parts[name] = critic.to(memory_format=torch.channels_last)
             continue
-        if teacher.img_channels != 3:
-            raise ValueError(f'--backbones {name} needs RGB, not {teacher.img_channels} channels: use unet or energy')
         network = data.rank0_first(feature_network, name, args.features_dir)
         projections[name] = Projection(network).to(device, memory_format=torch.channels_last)
         parts[name] = ProjectedHeads(class_means(projections[name], dataset) if teacher.label_dim else None)
@@ -365,6 +366,8 @@ def train(args):
         raise ValueError(f'--batch {args.batch} is not a multiple of the {world_size} processes')
     share = args.batch // world_size
     size = max(n for n in range(1, min(args.batch_gpu or share, share) + 1) if share % n == 0)
+    if 2 * size < min(args.batch_gpu or share, share):
+        raise ValueError(f'{share} images per GPU make {share // size} rounds of {size}: give another --batch')
     rounds = [slice(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == 'bf16')
@@ -401,7 +404,7 @@ def train(args):
                  d_optimizer=d_optimizer)
     config, state = data.load_checkpoint(
         args, parts, {'features_dir', 'teacher_student_fd', 'activations'}, teacher=student.fingerprint,
-        data=data.identity(dataset), batchnorm_images=size * world_size if projections else 0)  # normalised together
+        data=data.identity(dataset), batch_gpu_times_processes=size * world_size if projections else 0)  # batch norm
     nimg, resumed, total = state.get('nimg', 0), state.get('nimg'), args.kimg * 1000
     if rank == 0:
         a, b, c = (sum(p.numel() for p in group) for group in (
@@ -431,7 +434,9 @@ def train(args):
                 if nimg:
                     edm_nets.save(f'{args.out}/student-{nimg // 1000:06d}.pt', ema, args.dataset, nimg)
             if rank == 0 and (snapshot or time.time() - saved > 1200):  # at most about twenty minutes are lost
-                data.save_checkpoint(args.out, config, dict(nimg=nimg), parts)
+                # At nimg 0 nothing was normalised yet: --batch-gpu may still change.
+                settings = {k: v for k, v in config.items() if nimg or k != 'batch_gpu_times_processes'}
+                data.save_checkpoint(args.out, settings, dict(nimg=nimg), parts)
                 saved = time.time()
             means = data.Means(nimg)
         if done:
@@ -500,6 +505,7 @@ def train(args):
                 loss = args.r1_interval * args.r1_gamma / 2 * penalty + unseen
                 (loss / len(rounds)).backward(inputs=list(discriminator.parameters()))  # no gradient for the images
                 means.add(r1_penalty=penalty)
+                del view, real_logits, penalty, unseen, loss  # they would keep the graph of the feature networks
             d_optimizer.step()
             d_optimizer.zero_grad(set_to_none=True)
         nimg += args.batch

@@ -475,8 +475,8 @@ def save(path, net, dataset, nimg, **more):
 def load(path_or_url):
     """Read a network: this project's .pt or an official EDM .pkl -> EDMPrecond on the CPU, eval mode, frozen.
 
-    A URL is fetched once into the cache. Nothing in the file is executed. Raises OSError, or ValueError in one line
-    when the file is damaged, is something else, or asks for more than tensors, numbers and the official classes.
+    A URL is fetched once into the cache. Nothing in the file is executed. Raises OSError, MemoryError, or ValueError
+    in one line when the file is damaged, is something else, or asks for more than tensors and the official classes.
     """
     path = Path(path_or_url)
     if '://' in str(path_or_url):
@@ -504,8 +504,10 @@ def load(path_or_url):
         if not 0 < (1 if sigma_init is None else sigma_init) < 1e6:
             raise ValueError(f'sigma_init {sigma_init}: expected a noise level, or None for a teacher')
     except Exception as error:  # a damaged or hostile file can cause any exception; it is reported in one line
-        if isinstance(error, (MemoryError, OSError)) or 'allocate memory' in str(error):
+        if isinstance(error, (MemoryError, OSError)):
             raise
+        if 'allocate memory' in str(error):
+            raise MemoryError(f'{path}: {error}') from None
         reason = explain(path, error)
         if path != Path(path_or_url):  # a fetched file that is no network is not kept
             path.unlink(missing_ok=True)
@@ -547,6 +549,9 @@ class Recorded:
 
     def tensors(self, prefix=''):
         """(full name, tensor) in the order of torch's state_dict."""
+        if 'listed' in vars(self):  # a small file could ask for the same one 2^60 times
+            raise ValueError(f'{prefix} has a part twice')
+        self.listed = True
         for group in ('_parameters', '_buffers'):
             for name, value in self.state.get(group, {}).items():
                 if isinstance(value, torch.Tensor):
@@ -717,17 +722,19 @@ def common_flags(script, description, presets, argv):
     if script != 'teacher':
         p.add_argument('--teacher', metavar='FILE', help='path or URL of the diffusion model to start from (the '
                        'official EDM network of the dataset; for shapes, assets/teacher-shapes.pt)')
+    networks = 'student' if script == 'distributional' else 'networks'
     p = parser.add_argument_group('optimisation')
     p.add_argument('--kimg', type=positive(float), help='length of the training, in thousands of images (%(default)s)')
     p.add_argument('--batch', type=positive(int), metavar='IMAGES', help='images per step, over all GPUs (%(default)s)')
     p.add_argument('--batch-gpu', type=positive(int), metavar='IMAGES', help='images that a GPU works on at a time; '
-                   f'fewer save memory ({presets[dataset].get("batch_gpu", "all")})')
+                   f'fewer save memory{", but batch norm sees fewer" * (script == "distributional")} '
+                   f'({presets[dataset].get("batch_gpu", "all")})')
     p.add_argument('--lr', type=positive(float),
                    help=f'learning rate{" of the student" * (script != "teacher")} (%(default)s)')
     p.add_argument('--seed', type=int, default=0, help='seed of all random numbers (%(default)s)')
     p.add_argument('--precision', choices=['bf16', 'fp32'],
-                   help='number format in which the networks compute (bf16 on a GPU, fp32 on a CPU)')
-    p.add_argument('--compile', action='store_true', help='compile the networks with torch.compile')
+                   help=f'number format of the {networks} (bf16 on a GPU, fp32 on a CPU)')
+    p.add_argument('--compile', action='store_true', help=f'compile the {networks} with torch.compile')
     method, evaluation = (parser.add_argument_group(title) for title in ('method', 'evaluation'))
     if script != 'teacher':
         method.add_argument('--sigma-init', type=positive(float), metavar='SIGMA',
@@ -790,7 +797,7 @@ PRESETS = {
     'ffhq64':     dict(REAL, batch=256, batch_gpu=128, lr=2e-4, dropout=0.05, **DDPMPP64),
     'afhqv2':     dict(REAL, batch=256, batch_gpu=128, lr=2e-4, dropout=0.25, **DDPMPP64),
     'imagenet64': dict(REAL, batch=4096, batch_gpu=64, lr=1e-4, dropout=0.10, kimg=2_500_000, ema_kimg=50_000, cond=1,
-                       xflip=False, snapshot_kimg=10_000, status_kimg=200, **ADM),
+                       xflip=False, snapshot_kimg=10_000, status_kimg=50, **ADM),
 }
 
 
@@ -829,7 +836,10 @@ def parse_train_args(argv):
 
 
 def make_network(args, resolution, label_dim):
-    """The untrained network that the arguments of `train` describe."""
+    """The untrained network that the arguments of `train` describe. Raises ValueError."""
+    sizes = [resolution >> level for level in range(len(args.channel_mult))]
+    if not set(args.attention) <= set(sizes):
+        raise ValueError(f'--attention {" ".join(map(str, args.attention))}: this network has the resolutions {sizes}')
     return EDMPrecond(resolution, 3, label_dim, model_type=args.model_type, model_channels=args.channels,
                       channel_mult=args.channel_mult, num_blocks=args.blocks, attn_resolutions=args.attention,
                       dropout=args.dropout)
@@ -843,6 +853,8 @@ def train(args):
         raise ValueError(f'--batch {args.batch} is not a multiple of the {world_size} processes')
     share = args.batch // world_size
     size = max(n for n in range(1, min(args.batch_gpu or share, share) + 1) if share % n == 0)
+    if 2 * size < min(args.batch_gpu or share, share):
+        raise ValueError(f'{share} images per GPU make {share // size} rounds of {size}: give another --batch')
     rounds = [slice(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == 'bf16')
@@ -972,6 +984,9 @@ def sample(argv):
     args = p.parse_args(argv)
     if args.titles and not len(args.titles) == len(set(args.titles)) == len(args.net):
         p.error(f'--titles {" ".join(args.titles)}: give {len(args.net)} different ones, one for each network')
+    if args.sigma_init and (args.steps or 1) > 1:
+        p.error(f'--sigma-init is for one step, but these are {args.steps}: leave out one of the two')
+    torch.backends.cudnn.allow_tf32 = False  # as in training and scoring
     panels, sizes, seeds = {}, set(), range(args.seeds[0], args.seeds[1] + 1)
     if not seeds:
         p.error('--seeds: LAST must not be below FIRST')

@@ -276,6 +276,8 @@ def train(args):
         raise ValueError(f'--batch {args.batch} is not a multiple of the {world_size} processes')
     share = args.batch // world_size
     size = max(n for n in range(1, min(args.batch_gpu or share, share) + 1) if share % n == 0)
+    if 2 * size < min(args.batch_gpu or share, share):
+        raise ValueError(f'{share} images per GPU make {share // size} rounds of {size}: give another --batch')
     rounds = [slice(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == 'bf16')
@@ -298,7 +300,7 @@ def train(args):
         edm_nets.compile_networks(student, ratio_net)
     wrap = functools.partial(DDP, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
     ddp_student, ddp_ratio = wrap(student), wrap(ratio_net)
-    # Diff-Instruct's betas. Deviation: SiD has beta1 0.9 on FFHQ. Its eps is 1e-6, but its losses are 100 times larger.
+    # Diff-Instruct's betas. Deviation: SiD has beta1 0.9 on FFHQ, and an eps of 1e-6 for losses 100 times larger.
     adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), fused=True)
     student_optimizer = adam(parameter_groups(student, args.init, args.lr, args.fresh_lr))
     ratio_init = 'random' if args.ratio_net == 'lightweight' else args.ratio_init

@@ -31,8 +31,8 @@ WRONG = {  # what every training script refuses, and what each command does
     'edm_nets train': '--channels 6, --channel-mult 1 -2, --dropout 1, --decay 2, --sigma 0, --cond 2',
     'disback': '--loss sid, --gan-weight -1, --node-kimg 0',
     'teacher_free': '--divergence tv, --weight 2, --best-of 0, --single-level x, --dataset cifar10 --init single-level',
-    'distributional': '--freeze 2, --r1-gamma -1, --teacher-student-fd 1',
-    'edm_nets sample': '--net x --seeds 5 3, --net x y --titles a a', 'fid ref': '--dataset shapes',
+    'distributional': '--freeze 2, --r1-gamma -1, --teacher-student-fd 1, --backbones vgg vgg',
+    'edm_nets sample': '--net x --seeds 5 3, --net x y --titles a a, --net x --steps 2 --sigma-init 3', 'fid ref': '--dataset shapes',
     'data prepare': 'x', 'fid score': '--net x --dataset shapes --batch -3'}
 
 

@@ -330,10 +330,14 @@ def test_official_pickle_is_fetched_once_and_read_to_the_bit(tmp_path, monkeypat
 
 def test_hostile_files_are_refused_in_one_line_and_run_nothing(tmp_path):
     path, canary, good, state, out = tmp_path / 'x', tmp_path / 'y', official_pickle(), NET.state_dict(), io.BytesIO()
+    twice = persistent('X')
+    for _ in range(60):
+        twice = persistent('X', _modules=dict(a=twice, b=twice))  # 2^60 parts in a few KB
     touch, storage = Call(os.system, f'touch {canary}'), torch.zeros(4).__reduce_ex__(2)[1][0]
     torch.save(touch, out, _use_new_zipfile_serialization=False)
     objects = [
         touch, Call(torch.storage._load_from_bytes, out.getvalue()), persistent('os.system', _init_kwargs=NET.kwargs),
+        persistent('EDMPrecond', _init_kwargs=NET.kwargs, _modules=dict(model=twice)),
         *(Call(torch._utils._rebuild_tensor_v2, storage, 0, (1 << 40,), (stride,), False, {}) for stride in (0, 1))]
     functions = 'posix\nsystem', 'builtins\nexec', 'builtins\ngetattr', 'numpy\nload', 'torch\nload', 'torch.hub\nload'
     entries = [

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from unittest import mock
 
 import numpy as np
@@ -193,9 +194,22 @@ def test_a_projected_discriminator_resumes_bit_for_bit(command, tmp_path, monkey
     tiny, projected_head, make_discriminator = Tiny(), distributional.projected_head, distributional.make_discriminator
     monkeypatch.setattr(distributional, 'feature_network', lambda *_: tiny)
     monkeypatch.setattr(distributional, 'projected_head', lambda c, size, out: projected_head(c, 8, out))  # small
-    flags = '--backbones vgg unet --batch 4 --batch-gpu 2 --kimg 0.012 --snapshot-kimg 0.008 --r1-interval 2'
+    flags = '--backbones vgg unet --batch 4 --batch-gpu 2 --kimg 0.016 --snapshot-kimg 0.008 --r1-interval 2'
     whole, cut = (command('distributional', tmp_path / name, flags) for name in ('whole', 'cut'))
-    succeed(*whole)
+    graphs, r1_penalty, generator_loss = [], distributional.r1_penalty, distributional.generator_loss
+
+    def watch(logits, images):
+        graphs.append(weakref.ref(logits[0]))
+        return r1_penalty(logits, images)
+
+    def check(*args):
+        assert not [graph for graph in graphs if graph()]  # R1 has let go of the graph of the feature network
+        return generator_loss(*args)
+    with monkeypatch.context() as context:
+        context.setattr(distributional, 'r1_penalty', watch)
+        context.setattr(distributional, 'generator_loss', check)
+        succeed(*whole)
+    assert len(graphs) == 2
     with monkeypatch.context() as context:
         context.setattr(distributional, 'r1_penalty', None)
         assert "'NoneType' object is not callable" in run(*cut).stderr
@@ -204,6 +218,13 @@ def test_a_projected_discriminator_resumes_bit_for_bit(command, tmp_path, monkey
     succeed(*cut)
     assert load(tmp_path / 'cut' / 'latest.pt')['mixing'] and 'r1_penalty' in status_lines(tmp_path / 'cut')[-1]
     assert outcome(tmp_path / 'whole') == outcome(tmp_path / 'cut')
+
+    # Batch norm sees the images of a round together, so --batch-gpu must stay, but only once training has begun.
+    fail('batch_gpu_times_processes was 2 and is now 1', *whole, '--batch-gpu', '1')
+    with monkeypatch.context() as context:
+        context.setattr(distributional, 'generator_loss', None)
+        assert "'NoneType' object is not callable" in run(*command('distributional', tmp_path / 'first', flags)).stderr
+    succeed(*command('distributional', tmp_path / 'first', flags), '--batch-gpu', '1')
 
 
 @pytest.mark.parametrize('damage', [
@@ -304,6 +325,17 @@ def test_the_path_leads_away_from_the_teacher(finished, command):
     start, *nodes = (load(path)['net'] for path in paths)
     assert checksum(nodes[0]) == checksum(start) and 0 < distance(start, nodes[1]) < distance(start, nodes[2])
     assert [line['node'] for line in status_lines(finished('disback')) if 'node' in line] == [1, 1, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_a_batch_that_makes_tiny_rounds_is_refused(script, command, tmp_path):
+    fail('31 images per GPU make 31 rounds of 1: give another --batch', *command(script, tmp_path, '--batch 31'),
+         '--batch-gpu', '8')
+    assert not list(tmp_path.iterdir())
+
+
+def test_attention_at_a_missing_resolution_is_refused(command, tmp_path):
+    fail('--attention 12: this network has the resolutions [16, ', *command('edm_nets', tmp_path, '--attention 12'))
 
 
 def test_without_nodes_it_is_plain_distillation(command, tmp_path):
