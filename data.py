@@ -324,9 +324,11 @@ class Folder:
     def __init__(self, path):
         path, labelled = Path(path), (Path(path) / 'labels.npy').is_file()
         if not (path / 'images.npy').is_file():
-            names = f'{path} {path.with_suffix("")}' if path.is_file() else f'SOURCE {path}'
-            command = HOW_TO_PREPARE.get(path.name, f'python data.py prepare {names}')
-            command = command.replace(f'datasets/{path.name}', str(path))
+            if path.exists():  # perhaps the images, not yet prepared
+                command = f'python data.py prepare {path} {path.with_suffix("")}' + '-prepared' * path.is_dir()
+            else:
+                command = HOW_TO_PREPARE.get(path.name, f'python data.py prepare SOURCE {path}')
+                command = command.replace(f'datasets/{path.name}', str(path))
             raise FileNotFoundError(f'no images.npy in {path}: make it with `{command}`')
         try:
             self.data = np.load(path / 'images.npy', mmap_mode='r')
@@ -434,7 +436,8 @@ def download(url, path, timeout=30, **checksum):
         path.parent.mkdir(parents=True, exist_ok=True)
         locked = lock(f'{path}.lock', wait=True)
     except OSError as error:
-        raise OSError(f'cannot keep {url} ({error}): set ONE_STEP_CACHE to a folder that can be written') from None
+        raise OSError(f'cannot keep {url} ({error}): make {path.parent} writable; for files of the cache, '
+                      'ONE_STEP_CACHE can name another folder') from None
     with locked:
         if path.exists():  # another process has fetched it
             return path
@@ -513,7 +516,9 @@ def read_images(source, use_labels, classes, notes):
 
     Names of classes are appended to the list `classes`. The Counter `notes` counts the files that are not used.
     """
-    if source.is_dir() and any(source.glob('*data*.npz')):  # downsampled ImageNet; its classes have their own order
+    batches = sorted([*source.glob('train_data*.npz'), *source.glob('val_data*.npz')],
+                     key=lambda f: (len(f.name), f.name))
+    if batches:  # downsampled ImageNet; its classes have their own order
         numbers = {}
         if use_labels:  # lines like `n02119789 1 kit_fox`; the classes of EDM are the sorted n-numbers
             if not (source / 'map_clsloc.txt').is_file():
@@ -521,14 +526,15 @@ def read_images(source, use_labels, classes, notes):
             lines = sorted(line.split() for line in (source / 'map_clsloc.txt').read_text().splitlines() if line)
             classes += [name for _, _, name in lines]
             numbers = {int(number): i for i, (_, number, _) in enumerate(lines)}
-        for f in sorted(source.glob('*data*.npz'), key=lambda f: (len(f.name), f.name)):
+        for f in batches:
             if f.name.startswith('val'):  # not for training
                 notes['validation files passed over'] += 1
                 continue
             batch = np.load(f)
+            pixels = batch['data']
             labels = [numbers.get(n, f'{n} is not in map_clsloc.txt') for n in batch['labels'].tolist()] \
-                if use_labels else [None] * len(batch['data'])
-            yield from read_rows(f.name, batch['data'], labels)
+                if use_labels else [None] * len(pixels)
+            yield from read_rows(f.name, pixels, labels)
     elif source.is_dir():
         def fail(error):
             raise error
@@ -590,6 +596,8 @@ def prepare(source, dest, resolution=None, use_labels=True):
     if str(source) == 'cifar10':
         source = download(CIFAR10_URL, dest.parent / CIFAR10_URL.rsplit('/', 1)[-1], md5=CIFAR10_MD5)
     temporary = dest.with_name(f'.{dest.name}.{platform.node()}.{os.getpid()}.partial')
+    for old in dest.parent.glob(f'.{dest.name}.*.partial'):
+        print(f'{old} is here: remove it, unless another process is preparing {dest} now', flush=True)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     labels, classes, n, side, notes = [], [], 0, None, collections.Counter()

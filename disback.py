@@ -288,10 +288,10 @@ def train(args):
                 data.log_status(args.out, stats, total)
             if rank == 0 and step in recordings:
                 edm_nets.save(f'{args.out}/path-{recordings[step]:02d}.pt', fake_score, args.dataset, 0)
-            if rank == 0 and step < steps and (step in recordings or time.time() - saved > 1200):
-                data.save_checkpoint(args.out, config, dict(degraded=degraded, nimg=0), parts)
-                saved = time.time()
             means = data.Means(degraded)
+        if rank == 0 and step < steps and (step in recordings or time.time() - saved > 1200):
+            data.save_checkpoint(args.out, config, dict(degraded=degraded, nimg=0), parts)
+            saved = time.time()
     dist.barrier()  # wait until rank 0 has written the path's files
 
     # Stage 2, distribution backtracking (Alg. 2).
@@ -311,10 +311,10 @@ def train(args):
                 data.save_panels({'': edm_nets.generate(ema, range(64))}, f'{args.out}/grid-{nimg // 1000:06d}.png')
                 if nimg:
                     edm_nets.save(f'{args.out}/student-{nimg // 1000:06d}.pt', ema, args.dataset, nimg)
-            if rank == 0 and (snapshot or time.time() - saved > 1200):  # at most about twenty minutes are lost
-                data.save_checkpoint(args.out, config, dict(degraded=degraded, nimg=nimg), parts)
-                saved = time.time()
             means = data.Means(nimg)
+        if rank == 0 and nimg != resumed and (snapshot or time.time() - saved > 1200):  # twenty minutes
+            data.save_checkpoint(args.out, config, dict(degraded=degraded, nimg=nimg), parts)
+            saved = time.time()
         if done:
             break
 
@@ -343,7 +343,7 @@ def train(args):
             means.add(student_loss=loss)
             if args.gan_weight:
                 with autocast():
-                    _, h = fake_score(x_t, sigma[rows], labels[rows], bottleneck=True)
+                    h = fake_score(x_t, sigma[rows], labels[rows], bottleneck=True)[1]  # D_x would keep its graph
                     logits = discriminator(h)
                 gan_loss = F.softplus(-logits.float()).mean()
                 loss = loss + args.gan_weight * x_0[0].numel() * gan_loss  # DMD2 averages losses over pixels, we sum

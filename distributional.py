@@ -433,12 +433,12 @@ def train(args):
                 data.save_panels({'': edm_nets.generate(ema, range(64))}, f'{args.out}/grid-{nimg // 1000:06d}.png')
                 if nimg:
                     edm_nets.save(f'{args.out}/student-{nimg // 1000:06d}.pt', ema, args.dataset, nimg)
-            if rank == 0 and (snapshot or time.time() - saved > 1200):  # at most about twenty minutes are lost
-                # At nimg 0 nothing was normalised yet: --batch-gpu may still change.
-                settings = {k: v for k, v in config.items() if nimg or k != 'batch_gpu_times_processes'}
-                data.save_checkpoint(args.out, settings, dict(nimg=nimg), parts)
-                saved = time.time()
             means = data.Means(nimg)
+        if rank == 0 and nimg != resumed and (snapshot or time.time() - saved > 1200):  # twenty minutes
+            # At nimg 0 nothing was normalised yet: --batch-gpu may still change.
+            settings = {k: v for k, v in config.items() if nimg or k != 'batch_gpu_times_processes'}
+            data.save_checkpoint(args.out, settings, dict(nimg=nimg), parts)
+            saved = time.time()
         if done:
             break
 

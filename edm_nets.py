@@ -694,6 +694,13 @@ def positive(kind):
     return number
 
 
+def natural(text):
+    """An argparse type: an integer, 0 or more."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f'{text}: expected 0 or more')
+    return int(text)
+
+
 def common_flags(script, description, presets, argv):
     """An argparse parser with the flags of every script that trains; defaults are the dataset's row of `presets`.
 
@@ -731,7 +738,7 @@ def common_flags(script, description, presets, argv):
                    f'({presets[dataset].get("batch_gpu", "all")})')
     p.add_argument('--lr', type=positive(float),
                    help=f'learning rate{" of the student" * (script != "teacher")} (%(default)s)')
-    p.add_argument('--seed', type=int, default=0, help='seed of all random numbers (%(default)s)')
+    p.add_argument('--seed', type=natural, default=0, help='seed of all random numbers (%(default)s)')
     p.add_argument('--precision', choices=['bf16', 'fp32'],
                    help=f'number format of the {networks} (bf16 on a GPU, fp32 on a CPU)')
     p.add_argument('--compile', action='store_true', help=f'compile the {networks} with torch.compile')
@@ -897,10 +904,10 @@ def train(args):
                 data.save_panels(grid, f'{args.out}/grid-{nimg // 1000:06d}.png')
                 if nimg:
                     save(f'{args.out}/teacher-{nimg // 1000:06d}.pt', ema, args.dataset, nimg)
-            if rank == 0 and (snapshot or time.time() - saved > 1200):  # at most about twenty minutes are lost
-                data.save_checkpoint(args.out, config, dict(nimg=nimg), parts)
-                saved = time.time()
             means = data.Means(nimg)
+        if rank == 0 and nimg != resumed and (snapshot or time.time() - saved > 1200):  # twenty minutes
+            data.save_checkpoint(args.out, config, dict(nimg=nimg), parts)
+            saved = time.time()
         if done:
             break
 

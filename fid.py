@@ -338,7 +338,7 @@ class Ruler:
         """uint8 [n, 3, R, R] -> (features float32 [n, d], logits without bias float32 [n, 1008], empty for pixels)."""
         if self.net is None:
             features = data.to_float(images.to(self.device)).flatten(1)
-            return features, features[:, :0]
+            return features, features.new_empty([len(features), 0])  # a slice would keep the features
         features, logits = self.net(images.to(self.device))
         return features, logits - self.net.fc.bias
 
@@ -424,12 +424,12 @@ def summarize(args, before=None):
         other = data.Shapes(args.eval_images, seed=1)  # its score is the least that so few images can reach
         rows['data, other images'] = ruler.score(other.images, args.eval_images)
         known = Path(args.teacher).with_suffix('.json')  # from `fid.py score --out`; the shipped teacher has one
-        known = known.is_file() and args.features == 'pixels' and json.loads(known.read_text())
-        fits = known and (known.get('images'), known.get('steps')) == (args.eval_images, 18)
-        rows['teacher, 18 steps'] = known if fits else ruler.score(
+        known = json.loads(known.read_text()) if known.is_file() and args.features == 'pixels' else {}
+        same = dict(images=args.eval_images, steps=18, ref=None, data=data.identity(dataset))
+        rows['teacher, 18 steps'] = known if ruler.name in known and same.items() <= known.items() else ruler.score(
             lambda i: edm_nets.generate(teacher, i, 18), args.eval_images)
         for stats in read_stats(args.out):
-            if 'images' in stats:
+            if stats.get('images') == args.eval_images:
                 rows['student after' if stats['kimg'] else 'student before'] = stats
         report(rows, f'{args.out}/summary.txt')
     if rank == 0:
@@ -466,7 +466,8 @@ def main(argv=None):
         rank, _, device = edm_nets.setup()
         features = args.features or ('pixels' if args.dataset == 'shapes' else 'inception')
         folder = args.data or f'datasets/{args.dataset}'
-        optional = args.command == 'score' and args.ref and features == 'inception' and not args.data
+        optional = args.command == 'score' and args.ref and features == 'inception' and not args.data \
+            and args.dataset != 'shapes'
         dataset = None
         if os.path.exists(folder) or not optional:
             dataset = data.rank0_first(data.open_dataset, args.dataset, args.data)
@@ -493,14 +494,16 @@ def main(argv=None):
             ruler = Ruler(dataset, features, device, args.inception, args.ref)
             start = time.perf_counter()
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == 'bf16')
-            images_of = autocast(lambda i: edm_nets.generate(net, args.seed + i, None if steps == 1 else steps))
+            num_steps = None if steps == 1 else steps
+            images_of = autocast(lambda i: edm_nets.generate(net, args.seed + i, num_steps, batch=args.batch))
             scores = ruler.score(images_of, args.num, args.batch)
             line = '  '.join(f'{k} {v:.5g}' for k, v in scores.items())
             line += f'  seconds {time.perf_counter() - start:.5g}'
         if rank == 0:
             print(line, flush=True)
             if args.command == 'score' and args.out:
-                scores |= dict(steps=steps, command=' '.join(['python', *sys.argv]))
+                scores |= dict(steps=steps, ref=args.ref, data=data.identity(dataset) if dataset else None,
+                               command=' '.join(['python', *sys.argv]))
                 with data.whole_file(args.out) as f:
                     f.write((json.dumps(scores, indent=1) + '\n').encode())
         dist.destroy_process_group()

@@ -84,7 +84,8 @@ def parse_args(argv=None):
     p.add_argument('--ratio-net', choices=RATIO_NETS, default='energy',
                    help='kind of the ratio network, see make_ratio_net (%(default)s)')
     p.add_argument('--ratio-init', choices=RATIO_INITS, default='features',
-                   help="which of the teacher's weights the ratio network starts from (%(default)s)")
+                   help="which of the teacher's weights the ratio network starts from; lightweight has none "
+                   '(%(default)s)')
     p.add_argument('--init', choices=INITS, default='teacher',
                    help="which weights the student starts from, see initial_student (%(default)s)")
     p.add_argument('--fresh-lr', type=positive(float), metavar='LR', help='learning rate of the U-Net weights '
@@ -98,10 +99,10 @@ def parse_args(argv=None):
     if args.warmup_kimg < 0 or args.best_of and not args.eval_images:
         parser.error('--warmup-kimg must not be negative, and --best-of needs --eval-images above 0')
     if args.single_level and args.init != 'single-level' or \
-            args.init == 'single-level' and args.dataset != 'shapes' and not args.single_level:
-        parser.error(
-            f'--init single-level needs --single-level FILE (not on shapes), and no other --init takes it; `python '
-            f'edm_nets.py train --dataset {args.dataset} --sigma {args.sigma_init:g}` trains that network')
+            args.init == 'single-level' and (args.dataset != 'shapes' or args.data) and not args.single_level:
+        flags = f'--dataset {args.dataset}' + f' --data {args.data}' * bool(args.data) + f' --sigma {args.sigma_init:g}'
+        parser.error('--init single-level needs --single-level FILE (not on shapes), and no other --init takes it; '
+                     f'`python edm_nets.py train {flags}` trains that network')
     return args
 
 # ----------------------------------------------------------------------------------------------------
@@ -195,7 +196,7 @@ def initial_student(args, teacher):
 
 
 def parameter_groups(net, init, lr, fresh_lr):
-    """Parameter groups for an optimizer: weights that `init` copied learn at `lr`, those left random at `fresh_lr`."""
+    """Parameter groups of an optimizer: U-Net weights that `init` left random learn at `fresh_lr`, others at `lr`."""
     groups = {lr: [], fresh_lr or lr: []}
     for name, parameter in net.named_parameters():
         fresh = init == 'random' or init == 'features' and edm_nets.is_output(name)
@@ -209,7 +210,8 @@ def best_of(student, ratio_net, seeds, K, verifier, batch=256):
 
     The mean of l over the noise levels VERIFIER_SIGMAS is about log p_data / p_student of a sample. 'resample' picks
     candidate k with probability softmax(l)_k, which moves p_student towards p_data; 'max' picks the largest l.
-    Candidate 0 is the image that `edm_nets.generate` makes from the seed.
+    Candidate 0 is the image that `edm_nets.generate` makes from the seed. Deviation: the student is the EMA, but the
+    ratio was learned against the weights without it.
     """
     device, images = next(student.parameters()).device, []
     shape = [student.img_channels, student.img_resolution, student.img_resolution]
@@ -367,11 +369,11 @@ def train(args):
             stats = dict(kimg=0, warmup_kimg=warmed / 1000, **means.collect(warmed))
             if rank == 0:
                 data.log_status(args.out, stats, total)
-            if rank == 0 and warmed < warmup_total and (
-                    is_due(warmed, args.batch, args.snapshot_kimg) or time.time() - saved > 1200):
-                data.save_checkpoint(args.out, config, dict(warmed=warmed, nimg=0), parts)
-                saved = time.time()
             means = data.Means(warmed)
+        if rank == 0 and warmed < warmup_total and (
+                is_due(warmed, args.batch, args.snapshot_kimg) or time.time() - saved > 1200):
+            data.save_checkpoint(args.out, config, dict(warmed=warmed, nimg=0), parts)
+            saved = time.time()
 
     # Stage 2: student and ratio network in turns.
     means = data.Means(nimg)
@@ -391,10 +393,10 @@ def train(args):
                     edm_nets.save(f'{args.out}/student-{nimg // 1000:06d}.pt', ema, args.dataset, nimg,
                                   ratio_net={k: v.cpu() for k, v in ratio_net.state_dict().items()},
                                   ratio_net_kwargs=ratio_net.kwargs)
-            if rank == 0 and (snapshot or time.time() - saved > 1200):  # at most about twenty minutes are lost
-                data.save_checkpoint(args.out, config, dict(warmed=warmed, nimg=nimg), parts)
-                saved = time.time()
             means = data.Means(nimg)
+        if rank == 0 and nimg != resumed and (snapshot or time.time() - saved > 1200):  # twenty minutes
+            data.save_checkpoint(args.out, config, dict(warmed=warmed, nimg=nimg), parts)
+            saved = time.time()
         if done:
             break
 

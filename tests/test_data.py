@@ -148,7 +148,7 @@ FAULTY = {
     **{f'image {content[:4]}': edm_zip(None, **{'x.png': content}) for content in (png(pictures(1, 9)[0]), b'no PNG')},
     **{f'label {label}': edm_zip([0, label, 1, 2]) for label in (-1, None, True, 0.5, 1 << 40)},
     'labels: some': edm_zip([0, 1, 2, 3], **{'x.png': PICTURE}),
-    'labels: rows': {'data.npz': saved(np.savez, data=ROWS)},
+    'labels: rows': {'train_data.npz': saved(np.savez, data=ROWS)},
     'labels: folders': {'a/1.png': PICTURE, 'b/1.png': PICTURE, '2.png': PICTURE},
     'labels: nested': {'x/dataset.json': b'?', 'x/1.png': PICTURE, 'y/1.png': PICTURE},
     **{f'json {text[:12]}': edm_zip(None, **{'dataset.json': text})
@@ -157,7 +157,7 @@ FAULTY = {
        for method in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED)},
     'damaged xz': (x := tarball(mode='w:xz'))[:40] + bytes(20) + x[60:], 'cut tarball': tarball()[:3000],
     'class 77': tarball([0, 1, 77, 2, 3]), 'no data_batch_5': tarball(range(4)),
-    **{f'npz {name}': {'data.npz': saved(np.savez, data=rows, labels=labels), 'map_clsloc.txt': MAP}
+    **{f'npz {name}': {'train_data.npz': saved(np.savez, data=rows, labels=labels), 'map_clsloc.txt': MAP}
        for name, (rows, labels) in dict(
            floats=(ROWS / 255, ONES), short=(ROWS, ONES[:3]), long=(ROWS, [1] * 12), oblong=(ROWS[:, :100], ONES),
            half=(ROWS, ONES / 2), zero=(ROWS, 0 * ONES), one=(ROWS, 1), objects=(ROWS, ONES.astype(object))).items()}}
@@ -294,7 +294,7 @@ def test_where_downloads_are_kept(tmp_path, monkeypatch):
     assert str(path.parent) == '/x/.cache/one-step-diffusion' and path.name[8:] == '-net.pkl'
     monkeypatch.delenv('HOME')
     assert data.cache_path('https://a.b/net').parent.is_absolute()
-    with pytest.raises(OSError, match='^cannot keep .*: set ONE_STEP_CACHE to a folder that can be written$'):
+    with pytest.raises(OSError, match='^cannot keep .* writable; for .*ONE_STEP_CACHE can name another folder$'):
         data.download('https://a.b/net', f'{__file__}/net')  # no folder
     with pytest.raises(OSError, match='^cannot fetch s3://a/b: .*unknown url type.*; check the address$'):
         data.download('s3://a/b', tmp_path / 'net')
@@ -308,7 +308,8 @@ def test_cifar10_is_fetched_and_what_is_no_prepared_folder_says_how_to_make_one(
     assert data.open_dataset('cifar10').labels(np.arange(5)).tolist() == [3, 0, 9, 1, 2]
     (tmp_path / 'x.zip').write_bytes(b'')
     for dataset, path, names in (('imagenet64', None, '.* datasets/imagenet64 --resolution 64'),
-                                 ('cifar10', tmp_path / 'x.zip', f'{tmp_path}/x.zip {tmp_path}/x')):
+                                 ('cifar10', tmp_path / 'x.zip', f'{tmp_path}/x.zip {tmp_path}/x'),
+                                 ('ffhq64', tmp_path, f'{tmp_path} {tmp_path}-prepared')):
         with pytest.raises(FileNotFoundError, match=f'`python data.py prepare {names}`'):
             data.open_dataset(dataset, path)
 

@@ -170,9 +170,10 @@ def test_summary_of_a_run(tmp_path, few_shapes, capsys, world):
     assert table in output and 'summary.png' in output.splitlines()[-1]
     assert Image.open(tmp_path / 'run' / 'summary.png').size == (18 * 48, 4 * (16 + 2 * 48))
 
-    # Scores beside the teacher's file stand for its row, but only those of as many images in 18 steps.
-    for steps, used in ((17, False), (18, True)):
-        args.teacher.with_suffix('.json').write_text(json.dumps({'pixel-FD': 777, 'images': 40, 'steps': steps}))
+    # Scores beside the teacher's file stand for its row, but only those of as many images in 18 steps, on equal data.
+    same = {'pixel-FD': 777, 'images': 40, 'steps': 18, 'ref': None, 'data': data.identity(data.Shapes())}
+    for other, used in ((dict(steps=17), False), (dict(ref='x.npz'), False), (dict(data='x'), False), ({}, True)):
+        args.teacher.with_suffix('.json').write_text(json.dumps(same | other))
         fid.summarize(args)
         assert ('777.000' in capsys.readouterr().out) == used
 

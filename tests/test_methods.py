@@ -27,12 +27,13 @@ CONTRACT = '--data=d --out=o --kimg=0.5 --batch=8 --batch-gpu=4 --seed=3 --preci
     '--status-kimg=0.125 --compile --teacher=t --sigma-init=3.0 --eval-images=0'
 WRONG = {  # what every training script refuses, and what each command does
     '': '''--dataset mnist, --batch x, --batch 0, --batch-gpu 0, --kimg -1, --kimg nan, --lr 0, --snapshot-kimg 0,
-           --status-kimg 0, --sigma-init 0, --eval-images x, --precision fp16, --seed x, --dat d''',
+           --status-kimg 0, --sigma-init 0, --eval-images x, --precision fp16, --seed x, --seed -1, --dat d''',
     'edm_nets train': '--channels 6, --channel-mult 1 -2, --dropout 1, --decay 2, --sigma 0, --cond 2',
     'disback': '--loss sid, --gan-weight -1, --node-kimg 0',
     'teacher_free': '--divergence tv, --weight 2, --best-of 0, --single-level x, --dataset cifar10 --init single-level',
     'distributional': '--freeze 2, --r1-gamma -1, --teacher-student-fd 1, --backbones vgg vgg',
-    'edm_nets sample': '--net x --seeds 5 3, --net x y --titles a a, --net x --steps 2 --sigma-init 3', 'fid ref': '--dataset shapes',
+    'edm_nets sample': '--net x --seeds 5 3, --net x y --titles a a, --net x --steps 2 --sigma-init 3',
+    'fid ref': '--dataset shapes',
     'data prepare': 'x', 'fid score': '--net x --dataset shapes --batch -3'}
 
 

@@ -319,6 +319,17 @@ def test_what_is_not_finite_is_named_and_not_saved(script, function, count, mess
                                       for x in part.values() if isinstance(x, torch.Tensor))
 
 
+@pytest.mark.parametrize('script, function', [
+    ('edm_nets', 'denoising_loss'), ('disback', 'student_loss'), ('teacher_free', 'student_loss'),
+    ('distributional', 'generator_loss')])
+def test_after_twenty_minutes_a_step_is_saved_without_a_status_line(script, function, command, tmp_path, monkeypatch):
+    calls, clock, real = itertools.count(1), itertools.count(0, 1300.), getattr(importlib.import_module(script), function)
+    monkeypatch.setattr(f'{script}.{function}', lambda *args: real(*args) if next(calls) < 4 else 1 / 0)
+    monkeypatch.setattr(time, 'time', lambda: next(clock))
+    assert 'ZeroDivisionError' in run(*command(script, tmp_path, '--status-kimg 9 --snapshot-kimg 9')).stderr
+    assert load(tmp_path / 'latest.pt')['nimg'] == 96 and status_lines(tmp_path)[-1]['kimg'] == 0
+
+
 def test_the_path_leads_away_from_the_teacher(finished, command):
     """Node 0 is the teacher to the bit, and the last of the targets."""
     paths = command.folder / TEACHER, *(finished('disback') / f'path-0{node}.pt' for node in range(3))
