@@ -14,9 +14,10 @@ teacher of CIFAR-10 at 16 pixels had two, and its images came from JPEG files of
     python distributional.py --seed $s --snapshot-kimg 2 --out runs/gdd-seed$s                     # gdd-i: --freeze 1
     python disback.py --seed $s --kimg 24 --snapshot-kimg 1.5 --status-kimg 0.5 --eval-images 1000 --node-kimg 1.5 \
         --out runs/near-path-seed$s    # plain: --nodes 0; far: --sigma-init 80; noise: --student-sigma -1.2 1.2
-    python teacher_free.py --seed $s --kimg 40 --snapshot-kimg 10 --eval-images 1000 --draws 1 --ratio-updates 1 \
-        --fresh-lr 1e-3 --init random --ratio-init features --out runs/init-random-ratio-features-seed$s
-        # slow: --fresh-lr 2e-4; rate, which chose 1e-3: --kimg 10 --seed 0, and several of --fresh-lr
+    python teacher_free.py --seed $s --kimg 100 --snapshot-kimg 10 --eval-images 1000 --draws 1 --ratio-updates 1 \
+        --fresh-lr 1e-3 --init random --ratio-init features --out runs/long-random-ratio-features-seed$s
+        # init: --kimg 40; slow: --kimg 40 --fresh-lr 2e-4; rate, by which 1e-3 was chosen: --kimg 10 --seed 0, and
+        # several of --fresh-lr; try: --kimg 20 --seed 0 --init features --divergence rkl, or ns
     python data.py prepare cifar10 datasets/c16 --resolution 16
     python edm_nets.py train --dataset cifar10 --data datasets/c16 --cond 1 --channels 32 --channel-mult 1 2 4 \
         --blocks 1 --attention 8 4 --dropout 0 --batch 128 --lr 1e-3 --rampup-kimg 20 --decay 0.3 --kimg 1000 \
@@ -34,7 +35,7 @@ These make the tables and pictures:
     python assets/figures.py table 'disback-*' 'teacher-free-*' 'gdd-*' \
         --columns pixel-FD precision recall valid kimg seconds
     python assets/figures.py table 'far-*' 'near-*' --columns pixel-FD --reach 10 5    # 'noise-*' alike
-    python assets/figures.py table 'init-*' --columns pixel-FD precision recall
+    python assets/figures.py table 'long-*' --columns pixel-FD valid recall    # 'init-*', 'try-*', 'rate-*' alike
     python assets/figures.py plot 'near-*' 'far-*' --out assets/backtracking.png
     python edm_nets.py sample --net assets/teacher-shapes.pt runs/disback-seed1/student-000028.pt \
         runs/teacher-free-seed0/student-000020.pt runs/gdd-seed1/student-000028.pt --seeds 0 35 \
