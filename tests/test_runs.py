@@ -415,7 +415,6 @@ def test_sample_draws_one_network_or_several(finished, command, tmp_path):
 BAD_INPUT = {
     'expected a number above 0': ['disback --lr nan'],
     'must not be negative': ['disback --nodes -1', 'teacher_free --warmup-kimg -1'],
-    'non-negative': ['disback --seed -1'],
     'expected at least 10': ['disback --eval-images 9', 'disback --eval-images -5'],
     'is not finite': ['disback --student-sigma 0 1e99', 'disback --lr 1e30'],
     'give a teacher of all levels': ['disback --teacher {run}/student-000000.pt'],
