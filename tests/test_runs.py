@@ -323,7 +323,8 @@ def test_what_is_not_finite_is_named_and_not_saved(script, function, count, mess
     ('edm_nets', 'denoising_loss'), ('disback', 'student_loss'), ('teacher_free', 'student_loss'),
     ('distributional', 'generator_loss')])
 def test_after_twenty_minutes_a_step_is_saved_without_a_status_line(script, function, command, tmp_path, monkeypatch):
-    calls, clock, real = itertools.count(1), itertools.count(0, 1300.), getattr(importlib.import_module(script), function)
+    real = getattr(importlib.import_module(script), function)
+    calls, clock = itertools.count(1), itertools.count(0, 1300.)
     monkeypatch.setattr(f'{script}.{function}', lambda *args: real(*args) if next(calls) < 4 else 1 / 0)
     monkeypatch.setattr(time, 'time', lambda: next(clock))
     assert 'ZeroDivisionError' in run(*command(script, tmp_path, '--status-kimg 9 --snapshot-kimg 9')).stderr
