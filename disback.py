@@ -143,7 +143,7 @@ def recording_steps(steps, nodes):
 def node_at(nimg, nodes, node_kimg):
     """The target node after `nimg` student images: N-1 at first, then one less every node_kimg, down to 0, the teacher.
 
-    Deviation: the released loop changes its target once, and even that fails (see `train`); we follow the text.
+    Deviation: the released loop changes its target once, and even that fails (see `train`); we follow the paper.
     """
     return max(nodes - 1 - int(nimg // (node_kimg * 1000)), 0)
 
