@@ -597,7 +597,7 @@ def prepare(source, dest, resolution=None, use_labels=True):
         source = download(CIFAR10_URL, dest.parent / CIFAR10_URL.rsplit('/', 1)[-1], md5=CIFAR10_MD5)
     temporary = dest.with_name(f'.{dest.name}.{platform.node()}.{os.getpid()}.partial')
     for old in dest.parent.glob(f'.{dest.name}.*.partial'):
-        print(f'{old} is here: remove it, unless another process is preparing {dest} now', flush=True)
+        print(f'{old} is left over: remove it, unless another process is preparing {dest} now', flush=True)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     labels, classes, n, side, notes = [], [], 0, None, collections.Counter()

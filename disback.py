@@ -312,7 +312,7 @@ def train(args):
                 if nimg:
                     edm_nets.save(f'{args.out}/student-{nimg // 1000:06d}.pt', ema, args.dataset, nimg)
             means = data.Means(nimg)
-        if rank == 0 and nimg != resumed and (snapshot or time.time() - saved > 1200):  # twenty minutes
+        if rank == 0 and nimg != resumed and (snapshot or time.time() - saved > 1200):  # at most 20 minutes are lost
             data.save_checkpoint(args.out, config, dict(degraded=degraded, nimg=nimg), parts)
             saved = time.time()
         if done:
@@ -343,7 +343,7 @@ def train(args):
             means.add(student_loss=loss)
             if args.gan_weight:
                 with autocast():
-                    h = fake_score(x_t, sigma[rows], labels[rows], bottleneck=True)[1]  # D_x would keep its graph
+                    h = fake_score(x_t, sigma[rows], labels[rows], bottleneck=True)[1]  # a name for D_x keeps its graph
                     logits = discriminator(h)
                 gan_loss = F.softplus(-logits.float()).mean()
                 loss = loss + args.gan_weight * x_0[0].numel() * gan_loss  # DMD2 averages losses over pixels, we sum

@@ -434,7 +434,7 @@ def train(args):
                 if nimg:
                     edm_nets.save(f'{args.out}/student-{nimg // 1000:06d}.pt', ema, args.dataset, nimg)
             means = data.Means(nimg)
-        if rank == 0 and nimg != resumed and (snapshot or time.time() - saved > 1200):  # twenty minutes
+        if rank == 0 and nimg != resumed and (snapshot or time.time() - saved > 1200):  # at most 20 minutes are lost
             # At nimg 0 nothing was normalised yet: --batch-gpu may still change.
             settings = {k: v for k, v in config.items() if nimg or k != 'batch_gpu_times_processes'}
             data.save_checkpoint(args.out, settings, dict(nimg=nimg), parts)

@@ -550,7 +550,7 @@ class Recorded:
     def tensors(self, prefix=''):
         """(full name, tensor) in the order of torch's state_dict."""
         if 'listed' in vars(self):  # a small file could ask for the same one 2^60 times
-            raise ValueError(f'{prefix} has a part twice')
+            raise ValueError(f'{prefix} occurs twice')
         self.listed = True
         for group in ('_parameters', '_buffers'):
             for name, value in self.state.get(group, {}).items():
@@ -905,7 +905,7 @@ def train(args):
                 if nimg:
                     save(f'{args.out}/teacher-{nimg // 1000:06d}.pt', ema, args.dataset, nimg)
             means = data.Means(nimg)
-        if rank == 0 and nimg != resumed and (snapshot or time.time() - saved > 1200):  # twenty minutes
+        if rank == 0 and nimg != resumed and (snapshot or time.time() - saved > 1200):  # at most 20 minutes are lost
             data.save_checkpoint(args.out, config, dict(nimg=nimg), parts)
             saved = time.time()
         if done:

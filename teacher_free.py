@@ -84,7 +84,7 @@ def parse_args(argv=None):
     p.add_argument('--ratio-net', choices=RATIO_NETS, default='energy',
                    help='kind of the ratio network, see make_ratio_net (%(default)s)')
     p.add_argument('--ratio-init', choices=RATIO_INITS, default='features',
-                   help="which of the teacher's weights the ratio network starts from; lightweight has none "
+                   help="which of the teacher's weights the ratio network starts from; lightweight uses none "
                    '(%(default)s)')
     p.add_argument('--init', choices=INITS, default='teacher',
                    help="which weights the student starts from, see initial_student (%(default)s)")
@@ -394,7 +394,7 @@ def train(args):
                                   ratio_net={k: v.cpu() for k, v in ratio_net.state_dict().items()},
                                   ratio_net_kwargs=ratio_net.kwargs)
             means = data.Means(nimg)
-        if rank == 0 and nimg != resumed and (snapshot or time.time() - saved > 1200):  # twenty minutes
+        if rank == 0 and nimg != resumed and (snapshot or time.time() - saved > 1200):  # at most 20 minutes are lost
             data.save_checkpoint(args.out, config, dict(warmed=warmed, nimg=nimg), parts)
             saved = time.time()
         if done:
