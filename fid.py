@@ -424,7 +424,10 @@ def summarize(args, before=None):
         other = data.Shapes(args.eval_images, seed=1)  # its score is the least that so few images can reach
         rows['data, other images'] = ruler.score(other.images, args.eval_images)
         known = Path(args.teacher).with_suffix('.json')  # from `fid.py score --out`; the shipped teacher has one
-        known = json.loads(known.read_text()) if known.is_file() and args.features == 'pixels' else {}
+        try:
+            known = json.loads(known.read_text()) if known.is_file() and args.features == 'pixels' else {}
+        except ValueError as error:
+            raise ValueError(f'{known} is damaged ({error}): remove it, then run the same command again') from None
         same = dict(images=args.eval_images, steps=18, ref=None, data=data.identity(dataset))
         rows['teacher, 18 steps'] = known if ruler.name in known and same.items() <= known.items() else ruler.score(
             lambda i: edm_nets.generate(teacher, i, 18), args.eval_images)

@@ -176,6 +176,9 @@ def test_summary_of_a_run(tmp_path, few_shapes, capsys, world):
         args.teacher.with_suffix('.json').write_text(json.dumps(same | other))
         fid.summarize(args)
         assert ('777.000' in capsys.readouterr().out) == used
+    args.teacher.with_suffix('.json').write_text('{"pixel-FD": 7')
+    with pytest.raises(ValueError, match='teacher.json is damaged .*: remove it, then run the same command again'):
+        fid.summarize(args)
 
 
 def test_figures(tmp_path, capsys):
