@@ -233,10 +233,14 @@ def load_checkpoint(args, parts, may_change=frozenset(), **fingerprints):
 def start_log(args, state, plan, **more):
     """Print the plan, write config.json, cut stats.jsonl back to the checkpoint, or report a complete run. Rank 0 only.
 
-    The run folder is locked until the process ends. Raises BlockingIOError if another run has locked it.
+    The run folder is locked until the process ends. Raises BlockingIOError if another run has locked it, and ValueError
+    if --kimg ends the run where no network was written.
     """
-    if state.get('nimg', 0) >= args.kimg * 1000:
-        return print(f'{args.out} is complete at {state["nimg"] / 1000:g} kimg: nothing is left to train', flush=True)
+    if (nimg := state.get('nimg', 0)) >= args.kimg * 1000:
+        if not list(Path(args.out).glob(f'*-{nimg // 1000:06d}.pt')):  # that checkpoint was not the end of the run
+            raise ValueError(f'{args.out} has reached {nimg / 1000:g} kimg, and no network was written there: give a '
+                             '--kimg above that')
+        return print(f'{args.out} is complete at {nimg / 1000:g} kimg: nothing is left to train', flush=True)
     os.makedirs(args.out, exist_ok=True)
     LOCKED.clear()  # closes the file of an earlier run of this process
     LOCKED.append(log := lock(f'{args.out}/stats.jsonl'))
@@ -253,7 +257,7 @@ def log_status(out, stats, total):
     if torch.cuda.is_available():
         stats = dict(stats, peak_gib=torch.cuda.max_memory_allocated() / 2 ** 30)  # of this process
     minutes = stats['sec_per_kimg'] * (total / 1000 - stats['kimg']) / 60 if stats['kimg'] else 0  # no guess at first
-    shown = '  '.join(f'{k} {v:.5g}' for k, v in stats.items() if k != 'seconds')
+    shown = '  '.join(f'{k} {v:.{9 if k == "kimg" else 5}g}' for k, v in stats.items() if k != 'seconds')
     print(f'{stats["kimg"] * 1000 / total:4.0%}  {shown}' + f'  {minutes:.1f} min left' * (minutes > 0), flush=True)
     with open(f'{out}/stats.jsonl', 'a') as f:
         f.write(json.dumps(stats) + '\n')

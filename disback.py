@@ -42,8 +42,8 @@ import fid
 # the equal learning rates come from Diff-Instruct. As in the paper's SDXL script, the recording takes 1 % of the run,
 # and each node takes 1 %. We ran the presets of real data for a few steps only; N = 4 and the preset `shapes` are ours.
 # batch_gpu should fit 40 GB; 64 images of ImageNet-64 took 36 GiB, without the noise of 8192 images. A node should
-# lie between the teacher and the untouched student. On shapes this student has pixel-FD 25. Nodes had 37 to 57 at a
-# degrade_lr of 1e-3, and 14 at 2e-4 (one seed).
+# lie between the teacher and the untouched student. On shapes this student has pixel-FD 25. Nodes, in 18 steps, had 37
+# to 57 at a degrade_lr of 1e-3, and 14 at 2e-4 (one seed).
 
 REAL = dict(batch=512, batch_gpu=128, lr=1e-5, fake_lr=1e-5, fake_updates=1, sigma_init=2.5, student_sigma=(-1.2, 1.2),
             fake_sigma=(-1.2, 1.2), decay=0.0, degrade_kimg=500, node_kimg=500, ema_kimg=500, kimg=50_000,
@@ -73,7 +73,7 @@ def parse_args(argv=None):
     p.add_argument('--degrade-kimg', type=positive(float), metavar='KIMG',
                    help='thousands of images on which the teacher is degraded, in stage 1 (%(default)s)')
     p.add_argument('--degrade-lr', type=positive(float), metavar='LR',
-                   help='learning rate of stage 1 (%(default)s; None: as --fake-lr)')
+                   help='learning rate of stage 1 (%(default)s; None means that of --fake-lr)')
     p.add_argument('--node-kimg', type=positive(float), metavar='KIMG',
                    help='thousands of student images before the next node becomes the target (%(default)s)')
     p.add_argument('--fake-lr', type=positive(float), metavar='LR',
@@ -87,7 +87,8 @@ def parse_args(argv=None):
     p.add_argument('--loss', choices=['di', 'dmd'], default='di',
                    help="weight of the score difference: Diff-Instruct's or DMD's (%(default)s)")
     p.add_argument('--score-precision', choices=['fp16', 'fp32'], default='fp16', help='number format of both '
-                   "scores in the student's loss with --precision bf16; use fp32 if fp16 overflows (%(default)s)")
+                   "scores in the student's loss with --precision bf16. If fp16 overflows, continue the run with fp32 "
+                   '(%(default)s)')
     p.add_argument('--gan-weight', type=float, default=0, metavar='W',
                    help="weight of an additional GAN loss; DMD2 uses 3e-3, together with --loss dmd (%(default)s)")
     args = parser.parse_args(argv)
@@ -200,12 +201,13 @@ def train(args):
     share = args.batch // world_size
     size = max(n for n in range(1, min(args.batch_gpu or share, share) + 1) if share % n == 0)
     if 2 * size < min(args.batch_gpu or share, share):
-        raise ValueError(f'{share} images per GPU make {share // size} rounds of {size}: give another --batch')
+        raise ValueError(f'{share} images per GPU can only be cut into {share // size} x {size}: change --batch')
     rounds = [slice(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == 'bf16')
-    # The student's gradient is the small difference of two similar networks, so both run in fp16. If one has had 1,
-    # 10, 100 more steps on shapes, its relative error is about 5, 0.7, 0.1 in bf16, but 0.7, 0.1, 0.01 in fp16.
+    # The student's gradient is the small difference of two similar networks, so both run in fp16. For
+    # networks that are 1, 10, 100 steps apart on shapes, the difference has a relative error of about 5, 0.7, 0.1 in
+    # bf16, but of 0.7, 0.1, 0.01 in fp16.
     fp16 = args.precision == 'bf16' and args.score_precision == 'fp16'
     score_autocast = functools.partial(torch.autocast, device.type, torch.float16, enabled=fp16)
 
@@ -243,7 +245,7 @@ def train(args):
 
     # Resume. `parts` and two counts of images are the whole state: random numbers follow from seed and counts.
     fingerprints = dict(teacher=target.fingerprint, **(dict(data=data.identity(dataset)) if dataset else {}))
-    config, state = data.load_checkpoint(args, parts, **fingerprints)
+    config, state = data.load_checkpoint(args, parts, {'score_precision'}, **fingerprints)
     degraded, nimg, total = state.get('degraded', 0), state.get('nimg', 0), args.kimg * 1000  # images of both stages
     steps = max(round(args.degrade_kimg * 1000 / args.batch), args.nodes) if args.nodes else 0  # of the first stage
     resumed = nimg if state and degraded == steps * args.batch else None
@@ -343,7 +345,7 @@ def train(args):
             means.add(student_loss=loss)
             if args.gan_weight:
                 with autocast():
-                    h = fake_score(x_t, sigma[rows], labels[rows], bottleneck=True)[1]  # a name for D_x keeps its graph
+                    h = fake_score(x_t, sigma[rows], labels[rows], bottleneck=True)[1]  # keeping D_x would cost memory
                     logits = discriminator(h)
                 gan_loss = F.softplus(-logits.float()).mean()
                 loss = loss + args.gan_weight * x_0[0].numel() * gan_loss  # DMD2 averages losses over pixels, we sum

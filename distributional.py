@@ -51,11 +51,11 @@ import fid
 # StyleGAN2's correction for lazy R1. batch_gpu was measured to need 45 GiB or less. The authors report the
 # snapshot with the lowest FID, at 5 to 9 million images.
 # Deviation: on four GPUs their GAN loss is a sum over batch / 4 images, and R1 a mean. Ours are both means. Adam
-# ignores a common factor. Dividing their terms by the batch / 4 images gives our means, and turns their gamma of 1e-4
-# into 4e-4 / batch. Deviation: they, like EDM, replace gradients that are not finite; here such a run stops.
+# ignores a common factor, so we divide both of their terms by batch / 4: the sum becomes our mean, and their gamma of
+# 1e-4 becomes 4e-4 / batch. Deviation: they, like EDM, replace gradients that are not finite; here such a run stops.
 #
-# With U-Nets as backbones, gamma is 1. The row `shapes` is our choice. Its sigma_init is 2.5 because the small teacher
-# was hardly trained at 80.
+# Two choices of ours: gamma is 1 if all backbones are U-Nets, and the row `shapes`. Its sigma_init is 2.5 because the
+# small teacher was hardly trained at 80.
 
 REAL = dict(sigma_init=80, decay=0.0, eval_images=10_000, snapshot_kimg=250, status_kimg=10)
 OFFICIAL = edm_nets.OFFICIAL.format
@@ -115,8 +115,8 @@ def parse_args(argv=None):
 def generator_loss(fake_logits, form):
     """GAN loss, mean over patches and images, summed over backbones -> scalar.
 
-    'ns': non-saturating (Goodfellow et al. 2014), as published. 'linear': E[-l]. With projected backbones this is the
-    recipe of DMAD (arXiv:2610.02188) without its teacher head.
+    'ns': non-saturating (Goodfellow et al. 2014), as published. 'linear': E[-l]. With feature networks this is the
+    GAN loss of DMAD (arXiv:2610.02188).
 
     Deviation: the published loss sums over the images of a GPU, which makes its gamma depend on the number of GPUs.
     """
@@ -367,7 +367,7 @@ def train(args):
     share = args.batch // world_size
     size = max(n for n in range(1, min(args.batch_gpu or share, share) + 1) if share % n == 0)
     if 2 * size < min(args.batch_gpu or share, share):
-        raise ValueError(f'{share} images per GPU make {share // size} rounds of {size}: give another --batch')
+        raise ValueError(f'{share} images per GPU can only be cut into {share // size} x {size}: change --batch')
     rounds = [slice(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == 'bf16')
@@ -389,7 +389,7 @@ def train(args):
         edm_nets.compile_networks(student)
     wrap = functools.partial(DDP, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
     ddp_student, ddp_discriminator = wrap(student), wrap(discriminator)
-    warnings.filterwarnings('ignore', message='Grad strides do not match')  # by R1, of weights with one row: harmless
+    warnings.filterwarnings('ignore', message='Grad strides do not match')  # in R1; it is only about speed
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=args.lr, betas=(0.0, 0.99), fused=True)
     # R1 takes extra optimizer steps; Adam's rate and beta are adjusted to make up for them, as in StyleGAN2.
@@ -482,6 +482,7 @@ def train(args):
             with torch.no_grad():
                 with autocast():
                     fake = edm_nets.one_step(student, z_discriminator[rows], one_hot[rows], args.sigma_init)
+                # Real and generated images get the same noise, as in SiDA.
                 views = [look(x, projections, [part[rows] for part in d_noise]) for x in (reals[-1], fake)]
             real_logits, fake_logits = ddp_discriminator(*views, labels=labels[rows], one_hot=one_hot[rows])
             loss = discriminator_loss(real_logits, fake_logits)

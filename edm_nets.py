@@ -728,7 +728,7 @@ def common_flags(script, description, presets, argv):
                    help='thousands of images between two status lines (%(default)s)')
     if script != 'teacher':
         p.add_argument('--teacher', metavar='FILE', help='path or URL of the diffusion model to start from (the '
-                       'official EDM network of the dataset; for shapes, assets/teacher-shapes.pt)')
+                       'official EDM network of the dataset; for shapes, your own or the shipped one)')
     networks = 'student' if script == 'distributional' else 'networks'
     p = parser.add_argument_group('optimisation')
     p.add_argument('--kimg', type=positive(float), help='length of the training, in thousands of images (%(default)s)')
@@ -861,7 +861,7 @@ def train(args):
     share = args.batch // world_size
     size = max(n for n in range(1, min(args.batch_gpu or share, share) + 1) if share % n == 0)
     if 2 * size < min(args.batch_gpu or share, share):
-        raise ValueError(f'{share} images per GPU make {share // size} rounds of {size}: give another --batch')
+        raise ValueError(f'{share} images per GPU can only be cut into {share // size} x {size}: change --batch')
     rounds = [slice(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == 'bf16')

@@ -92,7 +92,7 @@ def parse_args(argv=None):
                    'that --init and --ratio-init leave random (that of the other weights)')
     p.add_argument('--single-level', metavar='FILE', help='network of one noise level, for --init single-level')
     evaluation.add_argument('--best-of', type=positive(int), nargs='+', metavar='K', default=[],
-                            help='after training, score the best of K candidates per image, for each K')
+                            help='after training, score images that the ratio chose from K candidates each, for each K')
     evaluation.add_argument('--verifier', choices=['resample', 'max'], default='resample',
                             help='how --best-of chooses by the ratio, see best_of (%(default)s)')
     args = parser.parse_args(argv)
@@ -101,7 +101,7 @@ def parse_args(argv=None):
     if args.single_level and args.init != 'single-level' or \
             args.init == 'single-level' and (args.dataset != 'shapes' or args.data) and not args.single_level:
         flags = f'--dataset {args.dataset}' + f' --data {args.data}' * bool(args.data) + f' --sigma {args.sigma_init:g}'
-        parser.error('--init single-level needs --single-level FILE (not on shapes), and no other --init takes it; '
+        parser.error('give --single-level FILE with --init single-level, and only then; shapes needs no FILE; '
                      f'`python edm_nets.py train {flags}` trains that network')
     return args
 
@@ -279,7 +279,7 @@ def train(args):
     share = args.batch // world_size
     size = max(n for n in range(1, min(args.batch_gpu or share, share) + 1) if share % n == 0)
     if 2 * size < min(args.batch_gpu or share, share):
-        raise ValueError(f'{share} images per GPU make {share // size} rounds of {size}: give another --batch')
+        raise ValueError(f'{share} images per GPU can only be cut into {share // size} x {size}: change --batch')
     rounds = [slice(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == 'bf16')

@@ -334,6 +334,20 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path,
     data.lock(tmp_path / 'stats.jsonl').close()
 
 
+def test_a_run_is_complete_only_where_it_wrote_a_network(tmp_path, capsys):
+    args, state = argparse.Namespace(out=str(tmp_path), kimg=7000), dict(nimg=7_100_416)
+    with pytest.raises(ValueError, match='has reached 7100.42 kimg, and no network was written there: give a --kimg'):
+        data.start_log(args, state, 'the plan')
+    (tmp_path / 'student-007100.pt').touch()
+    data.start_log(args, state, 'the plan')
+    assert 'is complete at 7100.42 kimg' in capsys.readouterr().out
+
+
+def test_status_lines_count_exactly_to_the_end_of_long_runs(tmp_path, capsys):
+    data.log_status(tmp_path, dict(kimg=123456.789, sec_per_kimg=1.23456789), 200_000_000)
+    assert ' 62%  kimg 123456.789  sec_per_kimg 1.2346  ' in capsys.readouterr().out
+
+
 def test_grey_images_are_drawn(tmp_path):
     data.save_panels({'': torch.arange(16, dtype=torch.uint8).reshape(1, 1, 4, 4)}, tmp_path / 'x.png', 1, 1)
     assert np.array_equal(np.asarray(Image.open(tmp_path / 'x.png')), np.arange(16).reshape(4, 4, 1).repeat(3, 2))
