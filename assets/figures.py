@@ -6,8 +6,9 @@ r"""Tables and curves of finished runs. Folders whose names differ only in `-see
     python assets/figures.py distance NETWORKS --dataset cifar10 --out table.txt     # by EfficientNet-Lite0's features
 
 The scores of the README's runs are kept in assets/trials.json, each with its command. A folder that does not exist is
-looked up there by name. These commands made the runs, for each seed $s. Each run had one core (OMP_NUM_THREADS=1); the
-teacher of CIFAR-10 at 16 pixels had two, and its images came from JPEG files of quality 75.
+looked up there by name. These commands made the runs, for each seed $s; some had a longer --snapshot-kimg, which only
+means fewer scores. Each run had one core (OMP_NUM_THREADS=1); the teacher of CIFAR-10 at 16 pixels had two, and its
+images came from JPEG files of quality 75.
 
     python disback.py --seed $s --snapshot-kimg 2 --out runs/disback-seed$s
     python teacher_free.py --seed $s --snapshot-kimg 2 --out runs/teacher-free-seed$s
