@@ -205,9 +205,8 @@ def train(args):
     rounds = [slice(start, start + size) for start in range(rank * share, (rank + 1) * share, size)]
     args.precision = args.precision or ('bf16' if device.type == 'cuda' else 'fp32')
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == 'bf16')
-    # The student's gradient is the small difference of two similar networks, so both run in fp16. For
-    # networks that are 1, 10, 100 steps apart (on shapes), its relative error is about 5, 0.7, 0.1 in bf16, but 0.7,
-    # 0.1, 0.01 in fp16.
+    # The student's gradient is the small difference of two similar networks, so both run in fp16. On shapes,
+    # for networks 1, 10, 100 steps apart, its relative error is about 5, 0.7, 0.1 in bf16, but 0.7, 0.1, 0.01 in fp16.
     fp16 = args.precision == 'bf16' and args.score_precision == 'fp16'
     score_autocast = functools.partial(torch.autocast, device.type, torch.float16, enabled=fp16)
 
